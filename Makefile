@@ -1,0 +1,42 @@
+# make demo: install and quantize the demo checkpoint; make test, make test-slow: what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The constraints hold for the build environment too.
+INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
+
+.PHONY: install dev demo lint test test-slow clean
+
+install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/python
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+demo: install
+	$(BIN)/python -m hswq.fast demo --output demo
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" --require-backends reference,cpp
+
+test-slow: dev
+	$(BIN)/python -m pytest -m slow --require-backends reference,cpp
+
+clean:
+	rm -rf build dist *.egg-info demo $(VENV)

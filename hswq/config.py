@@ -1,0 +1,261 @@
+"""Every option of hswq, once.
+
+The dataclass fields are the library's keyword names, and the command line is made from them:
+`keep_ratio` is `--keep-ratio`. A field's metadata holds its help text, its range or choices and
+the aliases that the seed project's scripts used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hswq.errors import OptionError
+
+SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
+DEFAULT_KEEP_RATIO = 0.10
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    aliases: tuple[str, ...] = (),
+    metavar: str | None = None,
+    group: str = "",
+) -> Any:
+    """Declare one option: a dataclass field whose metadata describe it to the command line."""
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "aliases": aliases,
+        "metavar": metavar,
+        "group": group,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def _check_range(name: str, value: Any, metadata: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    choices, low, high = metadata["choices"], metadata["minimum"], metadata["maximum"]
+    if choices is not None and value not in choices:
+        raise OptionError(f"{flag} is {value!r}; it must be one of {', '.join(choices)}.")
+    if low is None and high is None:
+        return
+    inside = (
+        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+    )
+    if not inside:
+        if high is None:
+            raise OptionError(f"{flag} is {value}; it must be at least {low}.")
+        raise OptionError(f"{flag} is {value}; it must lie between {low} and {high}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How the denoiser is run while the hooks watch it.
+
+    Raises:
+        OptionError: a value is outside its range or contradicts another.
+    """
+
+    samples: int = option(
+        32, "prompts to sample", minimum=1, aliases=("--num_calib_samples",), group="calibration"
+    )
+    steps: int = option(
+        25,
+        "sampler steps a prompt",
+        minimum=1,
+        aliases=("--num_inference_steps",),
+        group="calibration",
+    )
+    latent: int = option(
+        128, "edge of the square latent (SDXL: 128 is 1024 pixels)", minimum=4, group="calibration"
+    )
+    guidance: float = option(
+        5.0,
+        "classifier-free guidance scale; at most 1 runs without it",
+        minimum=0.0,
+        group="calibration",
+    )
+    seed: int = option(
+        0,
+        "seed of the first sample; sample i starts from seed + i",
+        minimum=0,
+        maximum=2**62,
+        group="calibration",
+    )
+    calib_file: str | None = option(
+        None,
+        "text file, one prompt a line (default: 128 prompts that hswq ships)",
+        metavar="FILE",
+        aliases=("--calib_file",),
+        group="calibration",
+    )
+    embeddings: str | None = option(
+        None,
+        "safetensors file of prompt embeddings; no text encoder is loaded",
+        metavar="FILE",
+        group="calibration",
+    )
+    pipeline: str | None = option(
+        None,
+        "diffusers folder with the configurations, tokenizers and, where the checkpoint lacks "
+        "them, the text encoders",
+        metavar="DIR",
+        group="calibration",
+    )
+    allow_download: bool = option(
+        False, "let missing components be fetched from the model hub", group="calibration"
+    )
+    calib_dtype: str = option(
+        "auto",
+        "dtype the denoiser runs in; auto: float32 on the CPU, the file's own on a GPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        group="calibration",
+    )
+    device: str = option(
+        "auto", "where to compute", choices=("auto", "cpu", "cuda"), group="compute"
+    )
+    backend: str | None = option(
+        None,
+        "kernel backend (default: cpp on the CPU, triton on a GPU)",
+        choices=("reference", "cpp", "triton"),
+        group="compute",
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if value is not None:
+                _check_range(spec.name, value, spec.metadata)
+        if self.embeddings is not None and self.calib_file is not None:
+            raise OptionError("--embeddings and --calib-file exclude each other: give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(CalibrationConfig):
+    """What is quantized, how, and what is written. None means not set.
+
+    Raises:
+        OptionError: a value is outside its range or contradicts another.
+    """
+
+    scaled: bool = option(
+        False,
+        "V2: store a scale with every weight the container can scale (default: V1, no scale)",
+        group="quantization",
+    )
+    container: str = option(
+        "comfy",
+        "file layout; see the README's table of containers",
+        choices=("comfy", "plain", "legacy", "hswq"),
+        group="quantization",
+    )
+    conv: str = option(
+        "fp8", "convolutions: FP8, or left 16-bit", choices=("fp8", "16bit"), group="quantization"
+    )
+    keep_ratio: float | None = option(
+        None,
+        f"share of the layers left 16-bit (default: {DEFAULT_KEEP_RATIO})",
+        minimum=0.0,
+        maximum=1.0,
+        aliases=("--keep_ratio",),
+        group="plan",
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        "regular expression of layer names to leave 16-bit; may be repeated",
+        metavar="REGEX",
+        group="plan",
+    )
+    quantize: tuple[str, ...] = option(
+        (),
+        "regular expression of layer names to quantize in any case; may be repeated",
+        metavar="REGEX",
+        group="plan",
+    )
+    sensitivity: str = option(
+        "variance", "how layers are ranked", choices=("variance",), group="plan"
+    )
+    rounding: str = option(
+        "nearest",
+        "how values are rounded to codepoints",
+        choices=("nearest",),
+        group="quantization",
+    )
+    search: str = option(
+        "default",
+        "preset of bins, candidates and refinements: 4096/200/3 or 8192/1000/10",
+        choices=tuple(SEARCH_PRESETS),
+        group="search",
+    )
+    bins: int | None = option(None, "histogram bins", minimum=16, maximum=1 << 20, group="search")
+    candidates: int | None = option(
+        None, "amax candidates a stage", minimum=2, maximum=100_000, group="search"
+    )
+    refinements: int | None = option(
+        None, "refinements after the first stage", minimum=0, maximum=100, group="search"
+    )
+    stats: str | None = option(
+        None,
+        "statistics file of an earlier `calibrate`; no calibration is run",
+        metavar="FILE",
+        group="calibration",
+    )
+    save_stats: str | None = option(
+        None, "keep the statistics of this run in FILE", metavar="FILE", group="calibration"
+    )
+    verify: str = option(
+        "spot",
+        "check after writing: spot compares some tensors, full all of them",
+        choices=("spot", "full"),
+        group="quantization",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scaled and self.container == "plain":
+            raise OptionError(
+                "--container plain holds no scales, and --scaled needs them: "
+                "use comfy, legacy or hswq, or drop --scaled."
+            )
+        if not self.scaled and self.container == "legacy":
+            raise OptionError(
+                "--container legacy is for scaled weights: add --scaled, or use comfy or plain."
+            )
+        for flag, patterns in (("--keep", self.keep), ("--quantize", self.quantize)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise OptionError(
+                        f"{flag} {pattern!r} is not a regular expression: {error}."
+                    ) from error
+        if self.stats is not None and self.save_stats is not None:
+            raise OptionError(
+                "--stats and --save-stats exclude each other: nothing new is measured."
+            )
+
+    @property
+    def search_settings(self) -> tuple[int, int, int]:
+        """Bins, candidates and refinements: the preset, with what was set by hand in its place."""
+        preset = SEARCH_PRESETS[self.search]
+        given = (self.bins, self.candidates, self.refinements)
+        bins, candidates, refinements = (
+            known if value is None else value for value, known in zip(given, preset, strict=True)
+        )
+        return bins, candidates, refinements
+
+    @property
+    def effective_keep_ratio(self) -> float:
+        """keep_ratio, or the seed's 0.10 where no budget is given."""
+        return DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
