@@ -1,0 +1,216 @@
+"""The header of one safetensors file, checked strictly.
+
+A file is 8 bytes of little-endian header length, the header (JSON), and the tensors' bytes without
+holes. Everything here may come from a hostile file: nothing is allocated on its word, and whatever
+is wrong raises FormatError.
+
+Source: https://github.com/huggingface/safetensors, README, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+
+from hswq.errors import FormatError, InputError
+from hswq.formats.dtypes import DTYPES
+
+MAX_HEADER_BYTES = 100_000_000
+LENGTH_BYTES = 8
+METADATA_KEY = "__metadata__"
+
+_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+_PICKLE = (
+    "a PyTorch pickle, which can run any code when it is loaded and is never opened here: convert "
+    "it to safetensors with a program you trust with it"
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: the key.
+        dtype: its name in safetensors ('F16').
+        shape: row-major; () for a scalar.
+        path: file that holds it.
+        begin: absolute offset of its first byte in that file.
+        end: absolute offset after its last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of torch."""
+        return DTYPES[self.dtype]
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse one JSON object, refusing duplicate keys and what JSON itself does not know (NaN).
+
+    Raises:
+        FormatError: the text is no such object; `where` opens the message.
+    """
+    try:
+        parsed = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
+    except RecursionError as error:
+        raise FormatError(f"{where} is not usable JSON: it is nested too deeply.") from error
+    # UnicodeDecodeError, JSONDecodeError and an integer of too many digits are all ValueErrors.
+    except ValueError as error:
+        raise FormatError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{where} is JSON, but no object.")
+    return parsed
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key!r} occurs twice")
+            seen.add(key)
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Read and check the header of a safetensors file.
+
+    Returns:
+        The tensors in the order of their bytes, and the metadata.
+    Raises:
+        FormatError: the file is of another kind, damaged or truncated.
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            start = handle.read(LENGTH_BYTES + 1)
+            length = int.from_bytes(start[:LENGTH_BYTES], "little")
+            if start[LENGTH_BYTES:] != b"{" or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+                what = _describe(path, start, length, size)
+                raise FormatError(f"{path} is not a safetensors file: {what}.")
+            handle.seek(LENGTH_BYTES)
+            text = handle.read(length)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    header = parse_json(text, f"the header of {path}")
+    metadata = _checked_metadata(path, header.pop(METADATA_KEY, {}))
+    data_start = LENGTH_BYTES + length
+    tensors = [_checked_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda info: (info.begin, info.end))
+    position = data_start
+    for info in tensors:
+        if info.begin != position:
+            what = "overlaps the tensor before it" if info.begin < position else "follows a hole"
+            raise _damaged(path, f"tensor {info.name!r} {what}")
+        position = info.end
+    if position != size:
+        what = "truncated" if position > size else "followed by bytes that belong to no tensor"
+        raise _damaged(
+            path, f"its tensors end at byte {position}, the file at {size}: it is {what}"
+        )
+    return tensors, metadata
+
+
+def _describe(path: Path, start: bytes, length: int, size: int) -> str:
+    """Say what a file is that does not begin like a safetensors file."""
+    if not size:
+        return "it is empty; the download or copy failed"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file; give the 16-bit safetensors file it was made from"
+    is_pickle = start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if start.startswith(b"PK\x03\x04") or is_pickle or path.suffix.lower() in _PICKLE_SUFFIXES:
+        return f"it is {_PICKLE}"
+    if start.startswith(b"version "):
+        return "it is a Git LFS pointer; run `git lfs pull` to fetch the file itself"
+    if start.startswith(b"<"):
+        return "it is a web page or XML; download the file itself"
+    if size <= LENGTH_BYTES + 1:
+        return f"{size} bytes are too few"
+    return (
+        f"of its {size} bytes the first declare a header of {length} (at most {MAX_HEADER_BYTES} "
+        f"are allowed), which starts with {start[LENGTH_BYTES:]!r} and not with a brace"
+    )
+
+
+def _damaged(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path} is damaged: {what}. Get the file again from where it came.")
+
+
+def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise _damaged(path, f"{METADATA_KEY} is no JSON object")
+    for key, value in metadata.items():
+        if not (isinstance(value, str) and _is_text(key) and _is_text(value)):
+            raise _damaged(path, f"the value of metadata {key!r} is no text")
+    return metadata
+
+
+def _is_text(text: str) -> bool:
+    """Tell whether a string can be written: JSON escapes can spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not _is_text(name):
+        raise _damaged(path, f"the name {name!r} is no text")
+    if not isinstance(entry, dict):
+        raise _damaged(path, f"the entry of tensor {name!r} is no JSON object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(
+            f"tensor {name!r} in {path} has dtype {dtype!r}; known are {', '.join(DTYPES)}."
+        )
+    # torch counts elements and strides in int64, zero-sized dimensions counting as 1 in a stride.
+    if not _is_counts(shape) or math.prod(max(size, 1) for size in shape) >= 2**63:
+        raise _damaged(path, f"tensor {name!r} has shape {shape!r}")
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"tensor {name!r} has data_offsets {offsets!r}")
+    begin, end = (data_start + offset for offset in offsets)
+    info = TensorInfo(name, dtype, tuple(shape), path, begin, end)
+    expected = info.numel * info.torch_dtype.itemsize
+    if info.nbytes != expected:
+        raise _damaged(
+            path, f"tensor {name!r}, {dtype} {shape}, needs {expected} bytes and has {info.nbytes}"
+        )
+    return info
+
+
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
+    # bool is an int to isinstance, but no count.
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

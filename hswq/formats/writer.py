@@ -1,0 +1,251 @@
+"""Writing a safetensors file as a stream, tensors in any order; it appears only when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from hswq.errors import InputError
+from hswq.formats.dtypes import DTYPES
+from hswq.formats.layout import Layout, TensorSpec
+
+__all__ = ["CheckpointWriter", "TensorSpec"]
+
+# One pwrite moves at most 2**31 - 4096 bytes on Linux.
+_WRITE_BYTES = 1 << 30
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CURES = {
+    errno.ENOENT: "its folder does not exist: create it, or give another path",
+    errno.ENOTDIR: "part of the path is a file: give another path",
+    errno.EACCES: "its folder is not writable: change the permissions, or give another path",
+    errno.EPERM: "its folder is not writable: change the permissions, or give another path",
+    errno.EROFS: "the disk is mounted read-only: give a path on another disk",
+    errno.ELOOP: "its symbolic links form a loop: remove them, or give another path",
+}
+
+
+class CheckpointWriter:
+    """Context manager that writes one safetensors file.
+
+    Bytes go to a hidden file beside the target, whose space is reserved on entry; `commit` moves it
+    to the target's name. Leaving without commit removes it and leaves an older target as it was.
+
+    Args:
+        path: the target; a symbolic link is followed.
+        specs: every tensor.
+        metadata_bytes: upper bound of the metadata as JSON in UTF-8; 0 where there are none.
+    Raises:
+        InputError: the specs cannot be written (see Layout.of); on entry: the folder is missing or
+            not writable, the target is no regular file, or the disk is too small.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], specs: Iterable[TensorSpec], metadata_bytes: int
+    ) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._layout = Layout.of(specs, metadata_bytes)
+        self._written: dict[str, int] = {}
+        # Its name does not grow with the target's, which may be as long as the file system allows.
+        self._temporary = self.path.with_name(f".hswq-{secrets.token_hex(8)}.partial")
+        self._descriptor: int | None = None
+
+    @classmethod
+    def predict_file_bytes(cls, specs: Iterable[TensorSpec], metadata_bytes: int) -> int:
+        """Return the size of the file that a writer with these arguments would write.
+
+        Raises:
+            InputError: the specs cannot be written.
+        """
+        return Layout.of(specs, metadata_bytes).file_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file, known before it is written."""
+        return self._layout.file_bytes
+
+    def __enter__(self) -> CheckpointWriter:
+        if os.path.lexists(self.path) and not os.path.isfile(self.path):
+            what = "a folder" if os.path.isdir(self.path) else "no regular file"
+            raise InputError(f"{self.path} cannot be written: it is {what}. Give another path.")
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            # The umask applies, as to any new file.
+            self._descriptor = os.open(self._temporary, flags, mode=0o666)
+            self._reserve(self._descriptor)
+        except OSError as error:
+            self._discard()
+            raise self._refused(error) from error
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._discard()
+
+    def write(self, name: str, data: Tensor | bytes | memoryview) -> None:
+        """Write a whole tensor.
+
+        Args:
+            name: one of the specs.
+            data: tensor of the spec's shape and dtype, on any device, where uint8 may stand for the
+                codes of any one-byte dtype; or all its bytes.
+        Raises:
+            InputError: unknown name, written before, wrong dtype, shape or size, or the disk
+                refuses.
+        """
+        spec = self._spec(name)
+        if name in self._written:
+            raise InputError(f"tensor {name!r} of {self.path} was already written.")
+        if isinstance(data, Tensor) and tuple(data.shape) != tuple(spec.shape):
+            raise InputError(
+                f"tensor {name!r} of {self.path} is planned as {list(spec.shape)} and was given as "
+                f"{list(data.shape)}."
+            )
+        view = _bytes_of(spec, data)
+        if len(view) != spec.nbytes:
+            raise InputError(
+                f"tensor {name!r} of {self.path} takes {spec.nbytes} bytes, {len(view)} were given."
+            )
+        self._write_at(name, 0, view)
+
+    def write_chunk(self, name: str, offset: int, data: Tensor | bytes | memoryview) -> None:
+        """Write the next bytes of a tensor.
+
+        Args:
+            name: one of the specs.
+            offset: byte in the tensor; the chunks of one tensor follow each other without holes.
+            data: tensor of the spec's dtype (or uint8, as in `write`), or bytes.
+        Raises:
+            InputError: unknown name, not the next bytes, more than the tensor holds, wrong dtype,
+                or the disk refuses.
+        """
+        spec = self._spec(name)
+        view = _bytes_of(spec, data)
+        done = self._written.get(name, 0)
+        if offset != done or offset + len(view) > spec.nbytes:
+            raise InputError(
+                f"bytes {offset} to {offset + len(view)} of tensor {name!r} of {self.path} were "
+                f"given: the next byte is {done}, the last {spec.nbytes}."
+            )
+        self._write_at(name, offset, view)
+
+    def commit(self, metadata: Mapping[str, str]) -> None:
+        """Write the header and move the complete file to the target's name.
+
+        Tensors without elements need not have been written.
+
+        Raises:
+            InputError: a tensor is incomplete, the metadata are not text or larger than reserved,
+                or the disk refuses.
+        """
+        missing = [
+            spec.name
+            for spec in self._layout.specs.values()
+            if self._written.get(spec.name, 0) < spec.nbytes
+        ]
+        if missing:
+            raise InputError(
+                f"{len(missing)} tensors of {self.path} were not written completely: "
+                f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}."
+            )
+        start = self._layout.start(metadata)
+        descriptor = self._open_descriptor()
+        try:
+            _write_all(descriptor, memoryview(start), 0)
+            os.fsync(descriptor)
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise self._refused(error) from error
+        self._descriptor = None
+        os.close(descriptor)
+        # The file is in place; some file systems cannot sync a folder.
+        with contextlib.suppress(OSError):
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self._layout.specs:
+            raise InputError(f"tensor {name!r} is not planned for {self.path}.")
+        return self._layout.specs[name]
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor is None:
+            raise InputError(f"{self.path} is not open: use a writer inside `with`, and once.")
+        return self._descriptor
+
+    def _write_at(self, name: str, offset: int, view: memoryview) -> None:
+        try:
+            _write_all(self._open_descriptor(), view, self._layout.offsets[name] + offset)
+        except OSError as error:
+            raise self._refused(error) from error
+        self._written[name] = offset + len(view)
+
+    def _reserve(self, descriptor: int) -> None:
+        """Claim the disk space of the whole file, so that a full disk is told before the work."""
+        try:
+            os.posix_fallocate(descriptor, 0, self.file_bytes)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            # The file system cannot reserve: what is left is to look at its free space.
+            if self._free_bytes() < self.file_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            os.ftruncate(descriptor, self.file_bytes)
+
+    def _free_bytes(self) -> int:
+        found = os.statvfs(self.path.parent)
+        return found.f_bavail * found.f_frsize
+
+    def _refused(self, error: OSError) -> InputError:
+        if error.errno in _DISK_FULL:
+            return InputError(
+                f"{self.path} does not fit on the disk: it needs {self.file_bytes} bytes, and "
+                f"{self._free_bytes()} are free ({error.strerror}). Free disk space or quota, or "
+                "give a path on another disk."
+            )
+        cure = _CURES.get(error.errno or 0, f"{error.strerror}; give another path")
+        return InputError(f"{self.path} cannot be written: {cure}.")
+
+    def _discard(self) -> None:
+        """Close and remove the temporary file, unless it was committed."""
+        if self._descriptor is None:
+            return
+        os.close(self._descriptor)
+        self._descriptor = None
+        self._temporary.unlink(missing_ok=True)
+
+
+def _bytes_of(spec: TensorSpec, data: Tensor | bytes | memoryview) -> memoryview:
+    if not isinstance(data, Tensor):
+        return memoryview(data).cast("B")
+    expected = DTYPES[spec.dtype]
+    is_codes = data.dtype == torch.uint8 and expected.itemsize == 1
+    if data.dtype != expected and not is_codes:
+        raise InputError(
+            f"tensor {spec.name!r} is planned as {spec.dtype} and was given as {data.dtype}."
+        )
+    flat = data.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done : done + _WRITE_BYTES], offset + done)
