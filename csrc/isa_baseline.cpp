@@ -1,0 +1,7 @@
+#include "kernels.inl"
+
+namespace hswq {
+
+constexpr Kernels kBaselineKernels = MakeKernels("baseline");
+
+}  // namespace hswq

@@ -1,0 +1,60 @@
+// Threads over fixed blocks: the blocks and what each one writes do not depend on how many threads
+// share them, so neither does any result.
+#ifndef HSWQ_PARALLEL_H_
+#define HSWQ_PARALLEL_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cstddef>
+#include <exception>
+#include <thread>
+#include <vector>
+
+namespace hswq {
+
+// Rounds to nearest and keeps subnormals on this thread, whatever its owner had set, until the end
+// of the scope.
+class ScopedFloatEnvironment {
+ public:
+  ScopedFloatEnvironment() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~ScopedFloatEnvironment() { std::fesetenv(&saved_); }
+  ScopedFloatEnvironment(const ScopedFloatEnvironment&) = delete;
+  ScopedFloatEnvironment& operator=(const ScopedFloatEnvironment&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
+
+// Number of threads ParallelFor will use: no more than there are blocks, at least one.
+inline size_t WorkerCount(size_t blocks, size_t threads) {
+  return std::max<size_t>(1, std::min(blocks, threads));
+}
+
+// Calls body(block, worker) once for every block below `blocks`, worker < WorkerCount(blocks,
+// threads). The calling thread is worker 0. body must not throw.
+template <typename Body>
+void ParallelFor(size_t blocks, size_t threads, const Body& body) {
+  std::atomic<size_t> next{0};
+  const auto work = [&](size_t worker) noexcept {
+    const ScopedFloatEnvironment environment;
+    for (size_t block = next++; block < blocks; block = next++) body(block, worker);
+  };
+  const size_t workers = WorkerCount(blocks, threads);
+  std::vector<std::thread> helpers;
+  helpers.reserve(workers - 1);
+  try {
+    for (size_t worker = 1; worker < workers; ++worker) helpers.emplace_back(work, worker);
+  } catch (const std::exception&) {
+    // The system gives no more threads: those there are take over all blocks.
+  }
+  work(0);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace hswq
+
+#endif  // HSWQ_PARALLEL_H_

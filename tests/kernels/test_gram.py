@@ -1,0 +1,149 @@
+"""Products of input columns for compensated rounding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hswq import kernels
+from hswq.errors import InputError
+from tests import oracle
+from tests.conftest import Backend
+from tests.kernels import cases
+
+OP = "gram"
+Pair = tuple[int, int]
+UNITS = {torch.float32: oracle.UNIT32, torch.float64: oracle.UNIT64}
+# kernel, stride, padding, dilation
+GEOMETRIES = [
+    ((1, 1), (1, 1), (0, 0), (1, 1)),
+    ((3, 3), (1, 1), (1, 1), (1, 1)),
+    ((3, 3), (2, 2), (1, 1), (1, 1)),
+    ((2, 3), (2, 1), (0, 2), (1, 2)),
+    ((3, 1), (1, 3), (4, 0), (2, 1)),
+]
+
+
+def check_rows(rows: np.ndarray, accumulator: Tensor, before: Tensor) -> None:
+    """Compare with sums of exact products, rounded once."""
+    blocks, width, _ = accumulator.shape
+    unit = (len(rows) + 2) * UNITS[accumulator.dtype]
+    for block in range(blocks):
+        columns = rows[:, block * width : (block + 1) * width].astype(np.float64).T
+        for i in range(width):
+            for j in range(width):
+                products = columns[i] * columns[j]
+                start = float(before[block, i, j])
+                bound = unit * (math.fsum(abs(products)) + abs(start))
+                exact = math.fsum([*products, start])
+                assert abs(float(accumulator[block, i, j]) - exact) <= bound
+
+
+@pytest.mark.parametrize("accumulator_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [((9,), 1), ((3, 5, 8), 1), ((37, 12), 3), ((1, 1), 1)]
+)
+def test_linear_inputs_are_within_their_bound(
+    shape: tuple[int, ...],
+    blocks: int,
+    dtype: torch.dtype,
+    accumulator_dtype: torch.dtype,
+    backend: Backend,
+) -> None:
+    """Products in 16 bits, or TF32, would spoil the factorisation that follows."""
+    x = cases.normal(*shape, sigma=3.0, dtype=dtype) + 1
+    width = shape[-1] // blocks
+    before = cases.normal(blocks, width, width, seed=1).to(accumulator_dtype)
+    accumulator = before.to(backend.device, copy=True)
+    rows = kernels.gram(x.to(backend.device), accumulator, backend=backend.name)
+    assert (rows.dtype, rows.shape) == (torch.int64, ())
+    assert int(rows) == x.numel() // shape[-1]
+    check_rows(cases.to_numpy(x).reshape(-1, shape[-1]), accumulator.cpu(), before)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES)
+def test_convolutions_follow_their_geometry(
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, blocks: int, backend: Backend
+) -> None:
+    """Swapped axes, a lost border or a foreign column order compensate the wrong weights."""
+    x = cases.normal(2, 4, 7, 6, dtype=torch.float16)
+    rows = oracle.patches(cases.to_numpy(x), kernel, stride, padding, dilation)
+    rows = rows.reshape(-1, rows.shape[-1])
+    width = rows.shape[1] // blocks
+    accumulator = torch.zeros(blocks, width, width, device=backend.device)
+    count = kernels.gram(
+        x.to(backend.device),
+        accumulator,
+        kernel_size=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        backend=backend.name,
+    )
+    assert int(count) == len(rows)
+    check_rows(rows, accumulator.cpu(), torch.zeros_like(accumulator).cpu())
+
+
+def test_columns_are_those_of_the_weight(backend: Backend) -> None:
+    """w G w^T must be the squared output of the layer whose weight is w, whatever the layout."""
+    x = torch.randint(-4, 5, (2, 3, 5, 5), generator=cases.generator()).float()
+    w = torch.randint(-4, 5, (1, 3, 3, 3), generator=cases.generator(1)).float()
+    accumulator = torch.zeros(1, 27, 27, device=backend.device)
+    for image in x.contiguous(memory_format=torch.channels_last).to(backend.device):
+        kernels.gram(image, accumulator, kernel_size=3, stride=2, padding=1, backend=backend.name)
+    y = torch.nn.functional.conv2d(x, w, stride=2, padding=1)
+    row = w.reshape(1, -1)
+    assert float(row @ accumulator[0].cpu() @ row.T) == float((y * y).sum())
+
+
+def test_both_triangles_are_equal(backend: Backend) -> None:
+    """Cholesky reads one triangle, users and tests the other."""
+    accumulator = torch.zeros(1, 33, 33, device=backend.device)
+    kernels.gram(cases.normal(65, 33).to(backend.device), accumulator, backend=backend.name)
+    assert torch.equal(accumulator, accumulator.mT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.0**41])
+def test_bad_calls_add_nothing(value: float, backend: Backend) -> None:
+    """One overflow in a calibration run must not cost the whole layer's matrix."""
+    accumulator = torch.ones(1, 8, 8, device=backend.device)
+    x = cases.normal(5, 8).to(backend.device)
+    x[3, 2] = value
+    assert int(kernels.gram(x, accumulator, backend=backend.name)) == 0
+    assert torch.equal(accumulator, torch.ones_like(accumulator))
+
+
+@pytest.mark.parametrize(
+    ("x", "accumulator", "message"),
+    [
+        (torch.ones(2, 6), torch.zeros(1, 5, 5), r"accumulator has shape \[1, 5, 5\]"),
+        (torch.ones(2, 6), torch.zeros(6, 6), r"accumulator has shape \[6, 6\]"),
+        (torch.ones(2, 6), torch.zeros(4, 1, 1), "blocks that divide the 6 columns"),
+        (torch.ones(2, 6), torch.zeros(1, 6, 6).half(), "accumulator is float16"),
+        (torch.ones(0, 6), torch.zeros(1, 6, 6), r"x \[0, 6\] is empty"),
+        (torch.ones(2, 6), torch.zeros(6, 6, 6).mT[:1], "must be contiguous"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    x: Tensor, accumulator: Tensor, message: str, backend: Backend
+) -> None:
+    """Sums of other columns would be added without a trace."""
+    with pytest.raises(InputError, match=message):
+        kernels.gram(x, accumulator, backend=backend.name)
+
+
+def test_bad_geometry_is_refused(backend: Backend) -> None:
+    """A stride of 0 never ends, and a vector has no image."""
+    accumulator = torch.zeros(1, 9, 9)
+    with pytest.raises(InputError, match="stride is 0; it must be at least 1"):
+        kernels.gram(
+            torch.ones(1, 1, 4, 4), accumulator, kernel_size=3, stride=0, backend=backend.name
+        )
+    with pytest.raises(InputError, match=r"convolution needs \[B, C, H, W\]"):
+        kernels.gram(torch.ones(4, 4), accumulator, kernel_size=3, backend=backend.name)
