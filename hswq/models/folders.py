@@ -1,0 +1,59 @@
+"""Configurations: of a diffusers folder, of the checkpoint itself, or shipped with hswq."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hswq.errors import InputError
+from hswq.formats.reader import Checkpoint
+
+# Configurations and tokenizer of SDXL base, laid out as a diffusers pipeline folder.
+SHIPPED = Path(__file__).resolve().parent / "assets" / "sdxl"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no such file.
+
+    Raises:
+        InputError: the file is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{path}' cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' holds a {type(content).__name__}; a JSON object is needed.")
+    return content
+
+
+def configuration_folders(checkpoint: Checkpoint, pipeline_dir: Path | None) -> list[Path]:
+    """Return where configurations may come from, the most particular first."""
+    given = [folder for folder in (pipeline_dir, checkpoint.pipeline_dir) if folder is not None]
+    return [*given, SHIPPED]
+
+
+def denoiser_config(
+    checkpoint: Checkpoint, pipeline_dir: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Return the UNet's configuration, and in words where it comes from.
+
+    Raises:
+        InputError: `pipeline_dir` was given and holds no UNet configuration.
+    """
+    if pipeline_dir is None:
+        # Beside a single file may lie the configuration of anything.
+        beside = checkpoint.config or {}
+        if beside.get("_class_name") == "UNet2DConditionModel":
+            return beside, f"beside '{checkpoint.files[0]}'"
+    path = (SHIPPED if pipeline_dir is None else pipeline_dir) / "unet" / "config.json"
+    config = read_json(path)
+    if config is None:
+        raise InputError(
+            f"--pipeline '{pipeline_dir}' holds no 'unet/config.json': "
+            "give a diffusers pipeline folder (the one with model_index.json)."
+        )
+    return config, "of SDXL base" if pipeline_dir is None else f"'{path}'"

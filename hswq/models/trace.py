@@ -1,0 +1,216 @@
+"""The map checkpoint key and rows <-> module, read off diffusers' own converter.
+
+There is no table of keys here. The converter is run on a stand-in for the checkpoint in which every
+row of every tensor is its own number; where the numbers turn up is where the rows go. Renames,
+prefixes, fused and split weights all fall out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hswq.errors import InputError
+from hswq.formats.reader import Checkpoint
+from hswq.models.denoiser import meta_denoiser
+from hswq.models.detect import LDM_PREFIXES, V_PREDICTION_KEY, ZERO_SNR_KEY, Detection
+from hswq.models.folders import denoiser_config
+from hswq.models.map import ModelMap, ModuleSpec, Source
+from hswq.models.quiet import quiet_libraries
+
+logger = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    modules: tuple[ModuleSpec, ...]
+    sources: dict[str, tuple[Source, ...]]
+    problems: tuple[str, ...]
+
+
+def trace_map(
+    checkpoint: Checkpoint, detection: Detection, pipeline_dir: Path | None = None
+) -> ModelMap:
+    """Trace which rows of which checkpoint tensor feed which parameter of the denoiser.
+
+    Every parameter and buffer must be covered with its shape, and every row of every tensor of the
+    denoiser used exactly once. Results are kept in memory per layout, configuration and header.
+
+    Args:
+        checkpoint: open checkpoint; only its header is used.
+        detection: what `detect` said of it.
+        pipeline_dir: diffusers folder whose unet/config.json describes the denoiser; None: the
+            configuration beside a diffusers component, else SDXL base's.
+    Returns:
+        The map, checked.
+    Raises:
+        InputError: the configuration is missing or wrong, or the checkpoint does not fit it.
+    """
+    config, where = denoiser_config(checkpoint, pipeline_dir)
+    keys: list[tuple[str, Shape]] = []
+    unmatched: list[str] = []
+    for name, info in checkpoint.tensors.items():
+        if not name.startswith(detection.prefix):
+            continue
+        if info.numel == 0 or name in (V_PREDICTION_KEY, ZERO_SNR_KEY):
+            unmatched.append(name)
+        else:
+            keys.append((name, info.shape))
+    config_text = json.dumps(config, sort_keys=True)
+    trace = _trace(detection.layout, detection.prefix, config_text, tuple(keys))
+    if trace.problems:
+        raise InputError(
+            f"'{checkpoint.path}' does not fit the UNet configuration {where}: "
+            f"{'; '.join(trace.problems)}. The file is damaged, or it is a model of another shape: "
+            "then give the folder with its own configuration, --pipeline DIR."
+        )
+    logger.debug("%d layers mapped in %s", len(trace.modules), checkpoint.path)
+    return ModelMap(
+        family=detection.family,
+        layout=detection.layout,
+        prefix=detection.prefix,
+        diffusers_version=version("diffusers"),
+        modules=trace.modules,
+        sources=trace.sources,
+        unmatched=tuple(unmatched),
+    )
+
+
+@lru_cache(maxsize=8)
+def _trace(
+    layout: str, prefix: str, config_text: str, keys: tuple[tuple[str, Shape], ...]
+) -> _Trace:
+    unet = meta_denoiser(json.loads(config_text))
+    shapes = dict(keys)
+    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    try:
+        found = (
+            {name.removeprefix(prefix): (_whole(name, shape),) for name, shape in keys}
+            if layout == "diffusers"
+            else _convert(keys, prefix, dict(unet.config))
+        )
+    except KeyError as error:
+        # The converter looks some keys up without asking whether they are there.
+        return _Trace((), {}, (f"the key '{prefix}{error.args[0]}' is missing",))
+    sources = {name: found[name] for name in expected if name in found}
+    problems = [
+        *_misshapen(sources, expected, shapes),
+        *_uncovered(sources, shapes),
+        *_listed("parameters have no key", (name for name in expected if name not in found)),
+    ]
+    return _Trace(_module_specs(unet), sources, tuple(problems))
+
+
+def _module_specs(denoiser: nn.Module) -> tuple[ModuleSpec, ...]:
+    return tuple(
+        ModuleSpec(
+            name=name,
+            kind="conv2d" if isinstance(module, nn.Conv2d) else "linear",
+            shape=tuple(module.weight.shape),
+            groups=module.groups if isinstance(module, nn.Conv2d) else 1,
+            bias=module.bias is not None,
+        )
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    )
+
+
+def _row_count(shape: Shape) -> int:
+    return shape[0] if shape else 1
+
+
+def _whole(key: str, shape: Shape) -> Source:
+    return Source(key, 0, _row_count(shape))
+
+
+def _convert(
+    keys: Sequence[tuple[str, Shape]], prefix: str, config: dict[str, Any]
+) -> dict[str, tuple[Source, ...]]:
+    """Run diffusers' converter on numbered rows and read off where they went.
+
+    Raises:
+        KeyError: the converter misses a key; the argument is its name without prefix.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    # Neighbouring tensors leave one number out, so that a run of consecutive ones is one tensor's.
+    counts = torch.tensor([_row_count(shape) + 1 for _, shape in keys])
+    first_rows = torch.cumsum(counts, 0) - counts
+    # The converter wants the prefix of full checkpoints, whatever the file's own is.
+    numbered = {
+        LDM_PREFIXES[0] + name.removeprefix(prefix): torch.arange(first, first + count - 1)
+        for (name, _), first, count in zip(keys, first_rows.tolist(), counts.tolist(), strict=True)
+    }
+    with quiet_libraries():
+        converted = convert_ldm_unet_checkpoint(numbered, config)
+    names = [name for name, _ in keys]
+    return {
+        target: _read_off(numbers, first_rows, names)
+        for target, numbers in converted.items()
+        if numbers is not None
+    }
+
+
+def _read_off(numbers: Tensor, first_rows: Tensor, names: Sequence[str]) -> tuple[Source, ...]:
+    """Return the runs of rows that a converted tensor is made of, in its order.
+
+    Args:
+        numbers: int64 [rows], the number of each row.
+        first_rows: int64 [tensors], number of the first row of each checkpoint tensor, rising.
+        names: key of each checkpoint tensor.
+    """
+    breaks = (numbers.diff() != 1).nonzero().flatten() + 1
+    sources = []
+    for run in torch.tensor_split(numbers, breaks):
+        tensor = int(torch.searchsorted(first_rows, run[0], right=True)) - 1
+        start = int(run[0] - first_rows[tensor])
+        sources.append(Source(names[tensor], start, start + len(run)))
+    return tuple(sources)
+
+
+def _misshapen(
+    sources: dict[str, tuple[Source, ...]], expected: dict[str, Shape], shapes: dict[str, Shape]
+) -> list[str]:
+    wrong = []
+    for name, parts in sources.items():
+        rows = (sum(part.stop - part.start for part in parts),) if expected[name] else ()
+        for part in parts:
+            shape = (*rows, *shapes[part.key][1:])
+            if shape != expected[name]:
+                wrong.append(f"{part.key!r} gives {list(shape)}, needed {list(expected[name])}")
+    return _listed("tensors have another shape", wrong)
+
+
+def _uncovered(sources: dict[str, tuple[Source, ...]], shapes: dict[str, Shape]) -> list[str]:
+    """Return the problem of keys whose rows are not each used exactly once."""
+    used: dict[str, list[Source]] = {key: [] for key in shapes}
+    for part in chain.from_iterable(sources.values()):
+        used[part.key].append(part)
+    wrong = []
+    for key, parts in used.items():
+        row = 0
+        for part in sorted(parts, key=lambda part: part.start):
+            row = part.stop if part.start == row else -1
+        if row != _row_count(shapes[key]):
+            wrong.append(repr(key))
+    return _listed("keys that do not map", wrong)
+
+
+def _listed(what: str, items: Iterable[str]) -> list[str]:
+    found = list(items)
+    if not found:
+        return []
+    dots = ", …" if len(found) > 10 else ""
+    return [f"{len(found)} {what}: {', '.join(found[:10])}{dots}"]
