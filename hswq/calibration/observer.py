@@ -1,0 +1,183 @@
+"""Dual Monitor: forward hooks that sum output moments and input magnitudes of every layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hswq import kernels
+from hswq.calibration.statistics import Calibration, LayerStatistics, join_pairs
+from hswq.errors import InputError
+from hswq.kernels.fixed_point import CALLS_PER_ACCUMULATOR, MonitorAccumulators
+
+logger = logging.getLogger(__name__)
+
+_NAMES_IN_WARNING = 10
+
+
+@contextmanager
+def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibration]:
+    """Watch every nn.Linear and nn.Conv2d of a module while the caller runs it.
+
+    For each call of a layer with input x and output y: mean(y), mean(y^2) over all elements and
+    mean |x| per input channel are added, with equal weight per call, to sums on the layer's
+    device. Nothing waits for the device before the block ends. Layers that are fed by the same
+    tensor, unchanged in between, reduce it once. A call whose tensors hold NaN or Inf counts as
+    skipped and adds nothing. A module registered under two names is one layer, under the first.
+
+    Args:
+        module: the denoiser, or any module with Linear or Conv2d layers.
+        backend: kernel backend; None lets the dispatcher choose.
+    Yields:
+        A calibration that is empty inside the block and filled when it ends without an error.
+        The hooks are removed in any case.
+    Raises:
+        InputError: the module has no such layer, or a layer is given or returns something else
+            than a tensor.
+    """
+    shared = _SharedInputs()
+    monitors = [
+        _LayerMonitor(name, layer, shared, backend)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    if not monitors:
+        raise InputError(
+            f"{type(module).__name__} has no nn.Linear and no nn.Conv2d: there is nothing to "
+            "observe. Pass the denoiser itself (pipeline.unet or pipeline.transformer)."
+        )
+    calibration = Calibration()
+    with ExitStack() as hooks:
+        for monitor in monitors:
+            hooks.callback(monitor.attach().remove)
+        yield calibration
+    calibration.modules.update({monitor.name: monitor.statistics() for monitor in monitors})
+    _warn_of_gaps(calibration)
+
+
+class _SharedInputs:
+    """Reductions of inputs that are still alive, so that q, k and v reduce theirs once.
+
+    An entry is found by the identity of the live tensor object and dies with it: an address would
+    be reused by the allocator. The version counter tells of changes in place.
+    """
+
+    def __init__(self) -> None:
+        self._entries: MutableMapping[Tensor, tuple[int, int, Tensor]] = WeakTensorKeyDictionary()
+
+    def find(self, x: Tensor, dim: int) -> Tensor | None:
+        """Return the abs_mean that was kept for x as it is now, reduced to axis `dim`."""
+        entry = self._entries.get(x)
+        if entry is None or entry[:2] != (x._version, dim):
+            return None
+        return entry[2]
+
+    def keep(self, x: Tensor, dim: int, abs_mean: Tensor) -> None:
+        # Tensors made in inference mode have no version counter: their changes would go unseen.
+        if not x.is_inference():
+            self._entries[x] = (x._version, dim, abs_mean)
+
+
+class _LayerMonitor:
+    """The hook of one layer and the sums that it adds into."""
+
+    def __init__(
+        self, name: str, layer: nn.Linear | nn.Conv2d, shared: _SharedInputs, backend: str | None
+    ) -> None:
+        self.name = name
+        self._layer = layer
+        self._shared = shared
+        self._backend = backend
+        convolution = isinstance(layer, nn.Conv2d)
+        self._kind = "conv2d" if convolution else "linear"
+        self._groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        self._channels = layer.weight.shape[1] * self._groups
+        # The axis comes from the layer: counted from the end it holds for any rank and no batch.
+        self._dim = -3 if convolution else -1
+        self._accumulators: list[MonitorAccumulators] = []
+        self._room = 0
+
+    def attach(self) -> torch.utils.hooks.RemovableHandle:
+        return self._layer.register_forward_hook(self._hook, with_kwargs=True)
+
+    def _hook(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        x = self._tensor("input", args[0] if args else kwargs.get("input"))
+        y = self._tensor("output", output)
+        # Sums made in inference mode could not be added to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                abs_mean = kernels.monitor(
+                    x,
+                    y,
+                    self._dim,
+                    self._accumulators_on(y.device),
+                    abs_mean=self._shared.find(x, self._dim),
+                    backend=self._backend,
+                )
+            except InputError as error:
+                raise InputError(f"layer {self.name!r} cannot be observed: {error}") from error
+            self._shared.keep(x, self._dim, abs_mean)
+
+    def _tensor(self, what: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{what} of layer {self.name!r} ({type(self._layer).__name__}) is "
+                f"{type(value).__name__}; a tensor is needed. Observe a module whose Linear and "
+                "Conv2d layers take and return single tensors."
+            )
+        return value
+
+    def _accumulators_on(self, device: torch.device) -> MonitorAccumulators:
+        """Return sums on the device of the output with room for one more call."""
+        if self._room == 0 or self._accumulators[-1].calls.device != device:
+            self._accumulators.append(MonitorAccumulators.zeros(self._channels, device))
+            self._room = CALLS_PER_ACCUMULATOR
+        self._room -= 1
+        return self._accumulators[-1]
+
+    def statistics(self) -> LayerStatistics:
+        """Bring the sums to the CPU."""
+        layout = self._kind, tuple(self._layer.weight.shape), self._groups
+        total = LayerStatistics(*layout, 0, 0, 0, 0, torch.zeros(self._channels, dtype=torch.int64))
+        for sums in self._accumulators:
+            calls, skipped = int(sums.calls), int(sums.skipped)
+            mean_y, mean_y2 = join_pairs(torch.stack((sums.mean_y, sums.mean_y2)))
+            total = total.merged(
+                LayerStatistics(*layout, calls, skipped, mean_y, mean_y2, sums.abs_mean.cpu())
+            )
+        return total
+
+
+def _warn_of_gaps(calibration: Calibration) -> None:
+    layers = calibration.modules.items()
+    silent = [name for name, layer in layers if layer.calls + layer.skipped == 0]
+    partly = [name for name, layer in layers if layer.calls > 0 and layer.skipped > 0]
+    lost = [name for name, layer in layers if layer.calls == 0 and layer.skipped > 0]
+    for names, what in (
+        (silent, "were never called; they have no importance and no sensitivity"),
+        (partly, "had calls with NaN, Inf or values out of range, which are not counted"),
+        (
+            lost,
+            "had NaN, Inf or values out of range in every call; they have no importance and no "
+            "sensitivity: run the model in bfloat16 or float32",
+        ),
+    ):
+        if names:
+            more = len(names) - _NAMES_IN_WARNING
+            tail = f" and {more} more" if more > 0 else ""
+            logger.warning(
+                "%d of %d layers %s: %s%s",
+                len(names),
+                len(calibration.modules),
+                what,
+                ", ".join(names[:_NAMES_IN_WARNING]),
+                tail,
+            )

@@ -1,0 +1,305 @@
+"""What the hooks measured: per-layer fixed-point sums that merge by integer addition."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hswq import __version__
+from hswq.errors import FormatError, InputError
+from hswq.formats.reader import Checkpoint
+from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.kernels.fixed_point import (
+    ABS_MEAN_BITS,
+    MEAN_HIGH_BITS,
+    MEAN_LOW_BITS,
+    fixed_to_fraction,
+)
+from hswq.models.map import ModelMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATISTICS_VERSION = "1"
+
+_VERSION_KEY = "hswq.statistics_version"
+_MEAN_BITS = MEAN_HIGH_BITS + MEAN_LOW_BITS
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Sums over the calls of one layer, each call with equal weight.
+
+    The sums are integers in units of a power of two, so that any split of the calls over runs and
+    any order of merging gives the same bits.
+
+    Attributes:
+        kind: 'linear' or 'conv2d'.
+        shape: shape of the weight, [O, I] or [O, I / groups, H, W].
+        groups: groups of a convolution, else 1.
+        calls: calls counted.
+        skipped: calls whose tensors held NaN, Inf or values out of range; they add nothing.
+        mean_y: sum of mean(y) in units of 2**-56, a Python integer of any size.
+        mean_y2: sum of mean(y^2) in units of 2**-56.
+        abs_mean: sum of mean |x| per input channel in units of 2**-32, int64 [I] on the CPU.
+    Raises:
+        InputError: a sum is outside its range or abs_mean has another shape.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    groups: int
+    calls: int
+    skipped: int
+    mean_y: int
+    mean_y2: int
+    abs_mean: Tensor
+
+    def __post_init__(self) -> None:
+        channels = self.shape[1] * self.groups
+        if list(self.abs_mean.shape) != [channels]:
+            raise InputError(
+                f"importance sums have shape {list(self.abs_mean.shape)}; a {self.kind} weight "
+                f"{list(self.shape)} with {self.groups} groups needs [{channels}]."
+            )
+        # A sum of two int64 that leaves the range turns negative, so this finds overflow too.
+        negative = min(self.calls, self.skipped, self.mean_y2) < 0 or (self.abs_mean < 0).any()
+        largest = max(abs(self.mean_y), self.mean_y2) >> MEAN_LOW_BITS
+        if negative or largest >= 2**63:
+            raise InputError(
+                "a sum is negative or outside its range: the statistics are damaged, or hold more "
+                "calls of huge activations than fit."
+            )
+
+    @property
+    def layout(self) -> tuple[str, tuple[int, ...], int]:
+        """Kind, weight shape and groups: what must agree for two layers to be the same."""
+        return self.kind, self.shape, self.groups
+
+    def merged(self, other: LayerStatistics) -> LayerStatistics:
+        """Return the sums over the calls of both."""
+        return LayerStatistics(
+            *self.layout,
+            calls=self.calls + other.calls,
+            skipped=self.skipped + other.skipped,
+            mean_y=self.mean_y + other.mean_y,
+            mean_y2=self.mean_y2 + other.mean_y2,
+            abs_mean=self.abs_mean + other.abs_mean,
+        )
+
+
+@dataclass(eq=False)
+class Calibration:
+    """Statistics of every Linear and Conv2d of a denoiser, and what they were measured on.
+
+    Attributes:
+        modules: statistics by module name, in the order of the model.
+        model_map: traced map from the checkpoint to the modules, where a checkpoint was calibrated.
+        fingerprint: hash of that checkpoint's weights.
+        settings: steps, latent, guidance, seed, hash of the prompts and the like; JSON values.
+        samples: indices of the samples that were run.
+    """
+
+    modules: dict[str, LayerStatistics] = field(default_factory=dict)
+    model_map: ModelMap | None = None
+    fingerprint: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[int, ...] = ()
+
+    def calls(self, name: str) -> int:
+        """Return how many calls of the layer were counted."""
+        return self._layer(name).calls
+
+    def skipped(self, name: str) -> int:
+        """Return how many calls of the layer held NaN, Inf or values out of range."""
+        return self._layer(name).skipped
+
+    def importance(self, name: str) -> Tensor | None:
+        """Return the mean over calls of mean |x| per input channel.
+
+        I_c = abs_mean_c * 2**-32 / calls, computed in float64 and rounded to float32.
+
+        Returns:
+            float32 [I], or [G, I / G] for a convolution of G > 1 groups; None without a counted
+            call.
+        """
+        layer = self._layer(name)
+        if layer.calls == 0:
+            return None
+        mean = (layer.abs_mean.double() * 2.0**-ABS_MEAN_BITS / layer.calls).float()
+        return mean if layer.groups == 1 else mean.reshape(layer.groups, -1)
+
+    def sensitivity(self, name: str) -> float | None:
+        """Return S = E[mean y^2] - (E[mean y])^2, or None without a counted call.
+
+        The sums are exact integers and the difference is taken as a fraction, rounded once, so
+        nothing cancels. Means rounded to the fixed-point step can leave a constant output
+        slightly below 0; S is 0 there.
+        """
+        layer = self._layer(name)
+        if layer.calls == 0:
+            return None
+        mean, mean_square = (
+            fixed_to_fraction(total, _MEAN_BITS) / layer.calls
+            for total in (layer.mean_y, layer.mean_y2)
+        )
+        return max(0.0, float(mean_square - mean**2))
+
+    def merge(self, other: Calibration) -> Calibration:
+        """Return the statistics of both runs; the same bits in either order.
+
+        Raises:
+            InputError: layers, settings, checkpoint or map differ, a sample is in both, or a sum
+                leaves its range.
+        """
+        keys = self.settings.keys() | other.settings.keys()
+        differing = sorted(k for k in keys if self.settings.get(k) != other.settings.get(k))
+        for what, ours, theirs in (
+            ("layers", self._layouts(), other._layouts()),
+            (f"settings ({', '.join(differing)})", self.settings, other.settings),
+            ("checkpoint fingerprints", self.fingerprint, other.fingerprint),
+            ("model maps", self.model_map, other.model_map),
+        ):
+            if ours != theirs:
+                raise InputError(
+                    f"statistics cannot be merged: their {what} differ. Only runs of one "
+                    "checkpoint with equal settings can be: calibrate again with equal ones."
+                )
+        twice = sorted(set(self.samples) & set(other.samples))
+        if twice:
+            raise InputError(
+                f"statistics cannot be merged: samples {twice[:10]} are in both, and each may "
+                "count once. Calibrate disjoint samples."
+            )
+        return Calibration(
+            {name: layer.merged(other.modules[name]) for name, layer in self.modules.items()},
+            self.model_map,
+            self.fingerprint,
+            dict(self.settings),
+            tuple(sorted(self.samples + other.samples)),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, atomically; equal statistics write equal files.
+
+        Tensors, all int64: 'calls' and 'skipped' [L], 'mean_y' and 'mean_y2' [L, 2] (units of
+        2**-8, rest in units of 2**-56), and 'abs_mean.NAME' [I] for every layer.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        layers = self.modules.values()
+        tensors = {
+            "calls": torch.tensor([layer.calls for layer in layers]),
+            "skipped": torch.tensor([layer.skipped for layer in layers]),
+            "mean_y": split_pairs(layer.mean_y for layer in layers),
+            "mean_y2": split_pairs(layer.mean_y2 for layer in layers),
+        }
+        tensors |= {f"abs_mean.{name}": layer.abs_mean for name, layer in self.modules.items()}
+        metadata = {
+            _VERSION_KEY: STATISTICS_VERSION,
+            "hswq.version": __version__,
+            "hswq.layers": json.dumps([(name, *rest) for name, rest in self._layouts()]),
+            "hswq.settings": json.dumps(self.settings, sort_keys=True),
+            "hswq.samples": json.dumps(self.samples),
+        }
+        if self.model_map is not None:
+            metadata["hswq.model_map"] = self.model_map.to_json()
+        if self.fingerprint is not None:
+            metadata["hswq.fingerprint"] = self.fingerprint
+        specs = [TensorSpec(key, "I64", tuple(tensor.shape)) for key, tensor in tensors.items()]
+        with CheckpointWriter(path, specs, len(json.dumps(metadata))) as writer:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor)
+            writer.commit(metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a statistics file.
+
+        Raises:
+            InputError: the file cannot be read.
+            FormatError: it is no statistics file, of another version, or damaged.
+        """
+        with Checkpoint.open(path) as checkpoint:
+            if not is_statistics(checkpoint):
+                raise FormatError(
+                    f"{path} is not a statistics file of hswq: its header has no "
+                    f"{_VERSION_KEY!r}. Make one with `python -m hswq.fast calibrate`."
+                )
+            version = checkpoint.metadata[_VERSION_KEY]
+            if version != STATISTICS_VERSION:
+                raise FormatError(
+                    f"{path} has statistics version {version!r}, this hswq reads version "
+                    f"{STATISTICS_VERSION!r}: calibrate again, or use the hswq that wrote it."
+                )
+            try:
+                return cls._read(checkpoint)
+            except FormatError as error:
+                raise FormatError(f"{path}: {error}") from error
+            except (LookupError, TypeError, ValueError) as error:
+                raise FormatError(
+                    f"{path} is a damaged statistics file ({error}): calibrate again."
+                ) from error
+
+    @classmethod
+    def _read(cls, checkpoint: Checkpoint) -> Calibration:
+        metadata = checkpoint.metadata
+        floating = [key for key, info in checkpoint.tensors.items() if info.dtype != "I64"]
+        if floating:
+            raise TypeError(f"tensor {floating[0]!r} is not I64")
+        layouts = json.loads(metadata["hswq.layers"])
+        columns = zip(
+            layouts,
+            checkpoint.read("calls").tolist(),
+            checkpoint.read("skipped").tolist(),
+            join_pairs(checkpoint.read("mean_y")),
+            join_pairs(checkpoint.read("mean_y2")),
+            strict=True,
+        )
+        modules = {}
+        for (name, kind, shape, groups), calls, skipped, mean_y, mean_y2 in columns:
+            abs_mean = checkpoint.read(f"abs_mean.{name}")
+            modules[name] = LayerStatistics(
+                kind, tuple(shape), groups, calls, skipped, mean_y, mean_y2, abs_mean
+            )
+        stored_map = metadata.get("hswq.model_map")
+        return cls(
+            modules,
+            None if stored_map is None else ModelMap.from_json(stored_map),
+            metadata.get("hswq.fingerprint"),
+            json.loads(metadata["hswq.settings"]),
+            tuple(json.loads(metadata["hswq.samples"])),
+        )
+
+    def _layer(self, name: str) -> LayerStatistics:
+        if name not in self.modules:
+            raise InputError(
+                f"the statistics hold no layer {name!r} ({len(self.modules)} others): they were "
+                "made for another model, or the `observe` block has not ended."
+            )
+        return self.modules[name]
+
+    def _layouts(self) -> list[tuple[str, tuple[str, tuple[int, ...], int]]]:
+        return [(name, layer.layout) for name, layer in self.modules.items()]
+
+
+def is_statistics(checkpoint: Checkpoint) -> bool:
+    """Tell whether a safetensors file is a statistics file, of any version."""
+    return _VERSION_KEY in checkpoint.metadata
+
+
+def split_pairs(sums: Iterable[int]) -> Tensor:
+    """Write sums in units of 2**-56 as int64 [L, 2]: units of 2**-8 and the rest in 2**-56."""
+    low = (1 << MEAN_LOW_BITS) - 1
+    return torch.tensor([(value >> MEAN_LOW_BITS, value & low) for value in sums])
+
+
+def join_pairs(pairs: Tensor) -> list[int]:
+    """Return int64 [L, 2] as sums in units of 2**-56; a low part may exceed one unit of 2**-8."""
+    return [(high << MEAN_LOW_BITS) + low for high, low in pairs.tolist()]
