@@ -1,0 +1,14 @@
+"""The whole job: files, devices, statistics and plans joined."""
+
+from hswq.driver.calibrate import calibrate_checkpoint
+from hswq.driver.inspect import inspect_path
+from hswq.driver.quantize import plan_checkpoint, quantize_checkpoint
+from hswq.driver.report import Report
+
+__all__ = [
+    "Report",
+    "calibrate_checkpoint",
+    "inspect_path",
+    "plan_checkpoint",
+    "quantize_checkpoint",
+]

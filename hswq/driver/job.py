@@ -1,0 +1,168 @@
+"""One output file before and while it is written: layers, specs, metadata, search and rounding."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hswq
+from hswq import kernels
+from hswq.calibration import Calibration
+from hswq.config import QuantizeConfig
+from hswq.driver.source import Source
+from hswq.errors import InputError
+from hswq.formats.containers import QuantizedLayer, container_metadata, extra_specs
+from hswq.formats.e4m3 import E4M3_MAX
+from hswq.formats.writer import TensorSpec
+from hswq.models.map import ModelMap, Unit
+from hswq.plan import Candidate, LayerPlan, Plan, plan_options, select_layers
+from hswq.search import AmaxResult, search_amax
+
+FORMAT_VERSION = "1"
+# The longest repr of a float64: metadata are reserved for it before the search knows the figures.
+_LONGEST_FLOAT = 2.2250738585072014e-308
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is known about one output file before the first weight is read."""
+
+    source: Source
+    calibration: Calibration
+    config: QuantizeConfig
+    units: dict[str, Unit]
+    layers: dict[str, LayerPlan]
+    specs: tuple[TensorSpec, ...]
+    metadata_bytes: int
+    device: torch.device
+
+    @property
+    def quantized_layers(self) -> tuple[QuantizedLayer, ...]:
+        """The FP8 layers as the container sees them."""
+        return tuple(
+            QuantizedLayer(key, layer.kind, layer.shape, layer.scaled)
+            for key, layer in self.layers.items()
+            if layer.quantized
+        )
+
+    def plan(self, results: dict[str, AmaxResult], predicted_bytes: int) -> Plan:
+        """Return the plan with what the search found so far."""
+        return Plan(
+            tuple(
+                layer.with_search(results[key]) if key in results else layer
+                for key, layer in self.layers.items()
+            ),
+            plan_options(self.config),
+            self.source.source_bytes,
+            predicted_bytes,
+        )
+
+    def metadata(self, plan: Plan) -> dict[str, str]:
+        """Return the output's metadata: the source's own, the container's and `hswq.*`."""
+        return {
+            **self.source.checkpoint.metadata,
+            **container_metadata(self.config.container, self.quantized_layers),
+            "hswq.format_version": FORMAT_VERSION,
+            "hswq.version": hswq.__version__,
+            "hswq.calibration": _compact(self.calibration.settings),
+            "hswq.plan": _compact(plan.to_dict()),
+        }
+
+    def search(self, key: str, weight: Tensor) -> AmaxResult:
+        """Search the amax of one quantized layer."""
+        bins, candidates, refinements = self.config.search_settings
+        layer, unit = self.layers[key], self.units[key]
+        return search_amax(
+            weight.to(self.device),
+            self.calibration.importance(unit.modules[0].name),
+            scaled=layer.scaled,
+            bins=bins,
+            candidates=candidates,
+            refinements=refinements,
+            backend=self.config.backend,
+            name=f"layer {layer.name!r} ({key})",
+        )
+
+    def check_finite(self, key: str, weight: Tensor) -> None:
+        """Refuse a kept layer that holds NaN or Inf; a quantized one is refused by its search.
+
+        Raises:
+            InputError: the weight is not finite.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(
+                f"layer {self.layers[key].name!r} ({key}) {list(weight.shape)} holds NaN or Inf: "
+                "the checkpoint is damaged or its dtype overflowed: export it again."
+            )
+
+    def encode(self, key: str, weight: Tensor, result: AmaxResult) -> Tensor:
+        """Round one weight to codepoints; V1 ignores the searched amax, which could only harm."""
+        scaled = self.layers[key].scaled
+        return kernels.quantize_e4m3(
+            weight.to(self.device),
+            result.amax if scaled else E4M3_MAX,
+            result.scale if scaled else 1.0,
+            backend=self.config.backend,
+        ).cpu()
+
+
+def make_job(
+    source: Source,
+    config: QuantizeConfig,
+    calibration: Calibration,
+    model_map: ModelMap,
+    device: torch.device,
+) -> Job:
+    units = {unit.key: unit for unit in model_map.units()}
+    candidates = [
+        Candidate(
+            name=unit.name,
+            aliases=tuple(module.name for module in unit.modules),
+            kind=unit.kind,
+            shape=unit.shape,
+            sensitivity=calibration.sensitivity(unit.modules[0].name),
+        )
+        for unit in units.values()
+    ]
+    layers = dict(zip(units, select_layers(candidates, config), strict=True))
+    job = Job(source, calibration, config, units, layers, (), 0, device)
+    fp8 = {layer.key for layer in job.quantized_layers}
+    specs = [
+        TensorSpec(info.name, "F8_E4M3" if info.name in fp8 else info.dtype, info.shape)
+        for info in source.checkpoint.tensors.values()
+    ]
+    specs += extra_specs(config.container, job.quantized_layers, model_map.prefix)
+    longest = AmaxResult(_LONGEST_FLOAT, _LONGEST_FLOAT, _LONGEST_FLOAT, 1.0)
+    upper_bound = job.metadata(job.plan(dict.fromkeys(fp8, longest), 10**19))
+    return replace(job, specs=tuple(specs), metadata_bytes=len(json.dumps(upper_bound).encode()))
+
+
+def job_warnings(job: Job) -> list[str]:
+    """Say what the reader of this file will meet."""
+    found = []
+    config, detection = job.config, job.source.detection
+    if config.container == "comfy" and detection.layout == "diffusers":
+        found.append(
+            "ComfyUI drops the markers of a diffusers-layout UNet: there this file loads as plain "
+            "FP8. Quantize the single-file checkpoint for ComfyUI."
+        )
+    if config.scaled and config.container == "hswq":
+        found.append(
+            "the hswq container holds scales that only hswq applies: other programs show a wrong "
+            "image. Use --container comfy for ComfyUI."
+        )
+    uncounted = [layer.name for layer in job.layers.values() if layer.sensitivity is None]
+    if uncounted:
+        found.append(
+            f"{len(uncounted)} layers have no counted call in the statistics and are kept: "
+            f"{', '.join(uncounted[:10])}{' …' if len(uncounted) > 10 else ''}."
+        )
+    return found
+
+
+def _compact(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,204 @@
+"""From a checkpoint to an FP8 file: one pass that reads, searches, rounds and writes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor
+
+from hswq.calibration import Calibration
+from hswq.config import QuantizeConfig
+from hswq.driver.calibrate import calibrate_source, resolve_device
+from hswq.driver.job import Job, job_warnings, make_job
+from hswq.driver.paths import check_target
+from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
+from hswq.driver.source import Source, check_statistics, open_source
+from hswq.driver.verify import verify_output
+from hswq.formats.containers import extra_tensors, marker_tensors
+from hswq.formats.reader import TensorInfo
+from hswq.formats.writer import CheckpointWriter
+from hswq.plan import Plan
+from hswq.progress import Progress, no_progress
+from hswq.search import AmaxResult
+
+logger = logging.getLogger(__name__)
+
+COPY_CHUNK_BYTES = 32 << 20
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    config: QuantizeConfig,
+    calibration: Calibration | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> Report:
+    """Write the FP8 version of a checkpoint.
+
+    Every tensor that is not quantized is copied byte for byte. The file appears under its name
+    only when it is complete; equal inputs and statistics write equal bytes.
+
+    Args:
+        src: single file, sharded index or diffusers folder.
+        dst: the .safetensors file to write; an existing one is replaced at the end.
+        config: every option.
+        calibration: statistics of `src`; None reads `config.stats`, or runs the sampler.
+        progress: called with (phase, done, total).
+    Returns:
+        What was done, with sizes, seconds by phase and warnings.
+    Raises:
+        InputError: an input cannot be used, or there is no room for the output.
+        FormatError: a file is damaged.
+        PlanError: an option does not fit the layers.
+        BackendError: a backend or device that was asked for cannot run.
+    """
+    target = check_target(dst)
+    watch = Stopwatch()
+    if config.save_stats is not None:
+        check_target(config.save_stats)
+    with open_source(src) as source:
+        check_target(target, source.checkpoint.files)
+        job, warnings = _prepare(source, config, calibration, watch, progress)
+        with CheckpointWriter(target, job.specs, job.metadata_bytes) as writer:
+            results = _write_tensors(job, writer, watch, progress)
+            plan = job.plan(results, writer.file_bytes)
+            with watch.phase("write"):
+                writer.commit(job.metadata(plan))
+        with watch.phase("verify"):
+            verify_output(job, target, plan, results)
+    return Report(
+        source=str(src),
+        output=str(target),
+        plan=plan,
+        container=config.container,
+        scaled=config.scaled,
+        source_bytes=plan.source_bytes,
+        output_bytes=target.stat().st_size,
+        seconds=watch.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        warnings=tuple(warnings),
+    )
+
+
+def plan_checkpoint(
+    src: str | os.PathLike[str],
+    config: QuantizeConfig,
+    calibration: Calibration | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> Plan:
+    """Decide and search as `quantize_checkpoint` would, and write nothing.
+
+    Returns:
+        The plan with the search results of every quantized layer and the size of the file.
+    Raises:
+        The errors of `quantize_checkpoint`.
+    """
+    watch = Stopwatch()
+    with open_source(src) as source:
+        job, _ = _prepare(source, config, calibration, watch, progress)
+        wanted = [source.checkpoint.tensors[key] for key, it in job.layers.items() if it.quantized]
+        results = {}
+        for done, (info, weight) in enumerate(_read_ahead(job, wanted)):
+            results[info.name] = job.search(info.name, weight)
+            progress("search", done + 1, len(wanted))
+        return job.plan(results, CheckpointWriter("plan", job.specs, job.metadata_bytes).file_bytes)
+
+
+def _prepare(
+    source: Source,
+    config: QuantizeConfig,
+    calibration: Calibration | None,
+    watch: Stopwatch,
+    progress: Progress,
+) -> tuple[Job, list[str]]:
+    """Gather statistics, map and plan of an open source."""
+    device = resolve_device(config.device)
+    where = "the statistics given"
+    if calibration is None and config.stats is not None:
+        where = f"statistics {config.stats}"
+        with watch.phase("statistics"):
+            calibration = Calibration.load(config.stats)
+    if calibration is None:
+        with watch.phase("calibrate"):
+            calibration = calibrate_source(source, config, progress)
+            if config.save_stats is not None:
+                calibration.save(config.save_stats)
+    with watch.phase("plan"):
+        model_map = source.map_from(calibration, config.pipeline)
+        check_statistics(source, model_map, calibration, where)
+        job = make_job(source, config, calibration, model_map, device)
+    warnings = job_warnings(job)
+    for text in warnings:
+        logger.warning("%s", text)
+    return job, warnings
+
+
+def _read_ahead(job: Job, wanted: list[TensorInfo]) -> Iterator[tuple[TensorInfo, Tensor]]:
+    """Yield tensors in file order while the next one is read in the background."""
+    ordered = sorted(wanted, key=lambda info: (str(info.path), info.begin))
+    read: Callable[[str], Tensor] = job.source.checkpoint.read
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [pool.submit(read, ordered[0].name)] if ordered else []
+        for info, following in zip(ordered, [*ordered[1:], None], strict=True):
+            current = pending.pop()
+            if following is not None:
+                pending.append(pool.submit(read, following.name))
+            yield info, current.result()
+
+
+def _write_tensors(
+    job: Job, writer: CheckpointWriter, watch: Stopwatch, progress: Progress
+) -> dict[str, AmaxResult]:
+    """Write every tensor of the output; return what the search found, by key."""
+    results: dict[str, AmaxResult] = {}
+    tensors = job.source.checkpoint.tensors
+    fp8 = {layer.key: layer for layer in job.quantized_layers}
+    total = sum(info.nbytes for info in tensors.values())
+    done = 0
+    for name, tensor in marker_tensors(job.config.container, job.source.detection.prefix).items():
+        writer.write(name, tensor)
+    with watch.phase("copy"):
+        for info in tensors.values():
+            if info.name not in job.layers:
+                for copied in _copy(job, writer, info):
+                    done += copied
+                    progress("quantize", done, total)
+    stream = _read_ahead(job, [tensors[key] for key in job.layers])
+    while True:
+        with watch.phase("read"):
+            item = next(stream, None)
+        if item is None:
+            return results
+        info, weight = item
+        key = info.name
+        if key not in fp8:
+            with watch.phase("copy"):
+                job.check_finite(key, weight)
+                writer.write(key, weight)
+        else:
+            with watch.phase("search"):
+                results[key] = job.search(key, weight)
+            with watch.phase("quantize"):
+                codes = job.encode(key, weight, results[key])
+            with watch.phase("write"):
+                writer.write(key, codes)
+                scale = results[key].scale if fp8[key].scaled else 1.0
+                for name, tensor in extra_tensors(job.config.container, fp8[key], scale).items():
+                    writer.write(name, tensor)
+        done += info.nbytes
+        progress("quantize", done, total)
+
+
+def _copy(job: Job, writer: CheckpointWriter, info: TensorInfo) -> Iterator[int]:
+    """Copy one tensor byte for byte in bounded pieces; yield the length of each."""
+    for offset in range(0, info.nbytes, COPY_CHUNK_BYTES):
+        length = min(COPY_CHUNK_BYTES, info.nbytes - offset)
+        writer.write_chunk(
+            info.name, offset, job.source.checkpoint.read_bytes(info.name, offset, length)
+        )
+        yield length

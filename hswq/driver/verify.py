@@ -1,0 +1,57 @@
+"""After writing: reopen the file and compare it with the plan and the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hswq.driver.job import Job
+from hswq.errors import FormatError
+from hswq.formats.reader import Checkpoint
+from hswq.plan import Plan
+from hswq.search import AmaxResult
+
+# `spot` compares about this many FP8 layers and this many copied tensors, evenly spread.
+SPOT_CHECKS = 16
+
+
+def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResult]) -> None:
+    """Reopen a written file; compare header and metadata with the job and tensors with the source.
+
+    `--verify spot` compares some tensors, `full` every one: FP8 layers are rounded anew from the
+    source, all others compared byte for byte.
+
+    Raises:
+        FormatError: anything differs; the text names the tensor.
+    """
+    checkpoint = job.source.checkpoint
+    with Checkpoint.open(path) as written:
+        expected = {spec.name: (spec.dtype, tuple(spec.shape)) for spec in job.specs}
+        found = {info.name: (info.dtype, tuple(info.shape)) for info in written.tensors.values()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise _damaged(path, f"{name!r} is {found.get(name)}, planned {expected.get(name)}")
+        if written.metadata != job.metadata(plan):
+            raise _damaged(path, "its metadata differ from the plan")
+        copied = [name for name in checkpoint.tensors if name not in results]
+        for key in _chosen(list(results), job.config.verify):
+            codes = job.encode(key, checkpoint.read(key), results[key])
+            if not torch.equal(written.read(key).view(torch.uint8), codes):
+                raise _damaged(path, f"the codes of {key!r} differ from the source's")
+        for key in _chosen(copied, job.config.verify):
+            length = checkpoint.tensors[key].nbytes
+            if written.read_bytes(key, 0, length) != checkpoint.read_bytes(key, 0, length):
+                raise _damaged(path, f"the bytes of {key!r} differ from the source's")
+
+
+def _chosen(names: list[str], verify: str) -> list[str]:
+    step = 1 if verify == "full" else max(1, len(names) // SPOT_CHECKS)
+    return names[::step]
+
+
+def _damaged(path: Path, what: str) -> FormatError:
+    return FormatError(
+        f"{path} was written, but reading it back failed: {what}. The disk or memory is faulty, or "
+        "the source changed meanwhile: do not use the file, and write it again."
+    )

@@ -1,0 +1,150 @@
+"""Entry point: `python -m hswq.fast COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, NoReturn, cast
+
+from hswq.config import CalibrationConfig, QuantizeConfig
+from hswq.errors import BackendError, HswqError, OptionError
+from hswq.fast.arguments import config_from, make_parser
+from hswq.fast.bars import Bars
+from hswq.progress import Progress, no_progress
+
+EXIT_REFUSED, EXIT_USAGE, EXIT_BACKEND, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    level = logging.DEBUG if arguments.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    # A terminated run cleans up like an interrupted one.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _COMMANDS[arguments.command](arguments)
+    except OptionError as error:
+        return _fail(error, EXIT_USAGE)
+    except BackendError as error:
+        return _fail(error, EXIT_BACKEND)
+    except (HswqError, OSError) as error:
+        return _fail(error, EXIT_REFUSED)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written under the output's name", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        logger.exception("internal error")
+        return _fail(error, EXIT_INTERNAL)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(error: BaseException, code: int) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return code
+
+
+def _with_bars(arguments: argparse.Namespace, work: Callable[[Progress], Any]) -> Any:
+    if arguments.quiet:
+        return work(no_progress)
+    with closing(Bars()) as bars:
+        return work(bars)
+
+
+def _show(arguments: argparse.Namespace, data: Any, text: str) -> None:
+    """Print the result: JSON when asked, else the text unless quiet."""
+    if arguments.json:
+        print(json.dumps(data, indent=1))
+    elif not arguments.quiet:
+        print(text)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    config = cast(QuantizeConfig, config_from(arguments, QuantizeConfig))
+    from hswq.driver import quantize_checkpoint
+    from hswq.fast.render import render_report
+
+    report = _with_bars(
+        arguments,
+        lambda progress: quantize_checkpoint(
+            arguments.input, arguments.output, config, progress=progress
+        ),
+    )
+    _show(arguments, report.to_dict(), render_report(report))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    config = config_from(arguments, CalibrationConfig)
+    from hswq.driver import calibrate_checkpoint, inspect_path
+    from hswq.driver.paths import check_target
+    from hswq.fast.render import render_facts
+
+    check_target(arguments.output)
+    calibration = _with_bars(
+        arguments, lambda progress: calibrate_checkpoint(arguments.input, config, progress=progress)
+    )
+    calibration.save(arguments.output)
+    facts = inspect_path(arguments.output)
+    _show(arguments, facts, render_facts(facts))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    config = cast(QuantizeConfig, config_from(arguments, QuantizeConfig))
+    from hswq.driver import plan_checkpoint
+    from hswq.fast.render import render_plan
+
+    plan = _with_bars(
+        arguments, lambda progress: plan_checkpoint(arguments.input, config, progress=progress)
+    )
+    _show(arguments, plan.to_dict(), render_plan(plan))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from hswq.driver import inspect_path
+    from hswq.fast.render import render_facts
+
+    facts = inspect_path(arguments.path)
+    _show(arguments, facts, render_facts(facts))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from hswq.driver.demo import run_demo
+    from hswq.fast.render import render_demo
+
+    result = _with_bars(arguments, lambda progress: run_demo(arguments.output, progress=progress))
+    _show(arguments, result.to_dict(), render_demo(result))
+
+
+def _backends(arguments: argparse.Namespace) -> None:
+    from hswq.fast.render import render_backends
+    from hswq.kernels import backend_report
+
+    report = backend_report()
+    _show(arguments, [dataclasses.asdict(entry) for entry in report], render_backends(report))
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "quantize": _quantize,
+    "calibrate": _calibrate,
+    "plan": _plan,
+    "inspect": _inspect,
+    "demo": _demo,
+    "backends": _backends,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The argument parser, made from the config dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import hswq
+from hswq.config import CalibrationConfig, QuantizeConfig
+
+EPILOG = (
+    "exit codes: 0 done, 1 input or output refused, 2 usage, 3 backend, 4 internal error, "
+    "130 interrupted"
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hswq.fast",
+        description="Quantize diffusion checkpoints to FP8 E4M3.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"hswq {hswq.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quantize = _command(commands, "quantize", "write the FP8 version of a checkpoint")
+    _add_paths(quantize, output="the .safetensors file to write")
+    add_options(quantize, QuantizeConfig)
+
+    calibrate = _command(commands, "calibrate", "run the sampler and save the statistics")
+    _add_paths(calibrate, output="the statistics file to write")
+    add_options(calibrate, CalibrationConfig)
+
+    plan = _command(commands, "plan", "show what quantize would do; writes nothing")
+    _add_paths(plan, output=None)
+    add_options(plan, QuantizeConfig, without=("save_stats", "verify"))
+
+    inspect = _command(commands, "inspect", "describe a checkpoint, statistics file or plan")
+    inspect.add_argument("path", help="file or folder")
+
+    demo = _command(commands, "demo", "quantize the demo checkpoint that hswq ships")
+    demo.add_argument("--output", default="demo", metavar="DIR", help="folder for the files")
+
+    _command(commands, "backends", "list the kernel backends, usable or why not")
+    return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser, config: type[CalibrationConfig], without: tuple[str, ...] = ()
+) -> None:
+    """Add one flag for each field of a config dataclass."""
+    hints = typing.get_type_hints(config)
+    groups: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        if spec.name in without:
+            continue
+        metadata = spec.metadata
+        group = groups.get(metadata["group"])
+        if group is None:
+            group = groups[metadata["group"]] = parser.add_argument_group(metadata["group"])
+        flags = ["--" + spec.name.replace("_", "-"), *metadata["aliases"]]
+        kind = _base_type(hints[spec.name])
+        arguments: dict[str, Any] = {"dest": spec.name, "help": _help(spec)}
+        if kind is bool:
+            arguments["action"] = "store_true"
+        elif kind is tuple:
+            arguments.update(action="append", metavar=metadata["metavar"])
+        else:
+            arguments.update(type=kind, metavar=metadata["metavar"] or _metavar(kind, metadata))
+        # Absent flags stay absent, so that the dataclass alone holds the defaults.
+        group.add_argument(*flags, default=argparse.SUPPRESS, **arguments)
+
+
+def config_from(
+    arguments: argparse.Namespace, config: type[CalibrationConfig]
+) -> CalibrationConfig:
+    """Build the config from parsed flags.
+
+    Raises:
+        OptionError: a value is outside its range, or two options contradict each other.
+    """
+    known = {spec.name for spec in dataclasses.fields(config)}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in known
+    }
+    return config(**given)
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    parser.add_argument("--verbose", action="store_true", help="log what is done, layer by layer")
+    return parser
+
+
+def _add_paths(parser: argparse.ArgumentParser, output: str | None) -> None:
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="PATH",
+        help="checkpoint: .safetensors file, sharded index, or diffusers folder",
+    )
+    if output is not None:
+        parser.add_argument("--output", required=True, metavar="FILE", help=output)
+
+
+def _base_type(hint: Any) -> type:
+    """Return the type behind `X | None` and `tuple[X, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    base: type = typing.get_origin(hint) or hint
+    return base
+
+
+def _metavar(kind: type, metadata: Any) -> str:
+    if metadata["choices"] is not None:
+        return "{" + ",".join(metadata["choices"]) + "}"
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _help(spec: Any) -> str:
+    text: str = spec.metadata["help"]
+    if spec.default is None or isinstance(spec.default, (bool, tuple)):
+        return text
+    return f"{text} (default: {spec.default})"

@@ -1,0 +1,108 @@
+"""Results as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hswq.driver import Report
+from hswq.driver.demo import DemoResult
+from hswq.kernels import BackendStatus
+from hswq.plan import Plan
+
+
+def gigabytes(size: float) -> str:
+    """Return a size in the unit that reads best (decimal, as disks and hubs count)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def render_report(report: Report) -> str:
+    """Return the closing summary of `quantize`."""
+    plan = report.plan
+    scaled = sum(layer.scaled for layer in plan.layers)
+    kept_bytes = sum(layer.numel for layer in plan.kept)
+    all_bytes = sum(layer.numel for layer in plan.layers)
+    lines = [
+        f"{report.output}: {'V2' if report.scaled else 'V1'}, container {report.container}",
+        f"  size     {gigabytes(report.source_bytes)} -> {gigabytes(report.output_bytes)} "
+        f"({report.output_bytes / report.source_bytes:.0%})",
+        f"  layers   {len(plan.layers)}: {len(plan.quantized)} to e4m3 ({scaled} scaled), "
+        f"{len(plan.kept)} kept ({kept_bytes / max(all_bytes, 1):.1%} of the weights)",
+        f"  error    weighted SQNR {_sqnr_range(plan)}",
+        "  seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
+        f"  memory   {gigabytes(report.peak_memory_bytes)} at most",
+    ]
+    lines += [f"  warning  {text}" for text in report.warnings]
+    return "\n".join(lines)
+
+
+def render_plan(plan: Plan) -> str:
+    """Return the table and the totals of `plan`."""
+    return "\n".join(
+        [
+            plan.table(),
+            "",
+            f"{len(plan.layers)} layers: {len(plan.quantized)} to e4m3, {len(plan.kept)} kept; "
+            f"{gigabytes(plan.source_bytes)} -> {gigabytes(plan.predicted_bytes)}; "
+            f"weighted SQNR {_sqnr_range(plan)}",
+        ]
+    )
+
+
+def render_facts(facts: dict[str, Any]) -> str:
+    """Return what `inspect` found, one fact a line, long lists shortened."""
+    width = max(map(len, facts))
+    lines = []
+    for name, value in facts.items():
+        if value is None or value == {} or value == []:
+            continue
+        if isinstance(value, dict):
+            lines.append(f"{name}:")
+            lines += [f"  {key}: {_short(entry)}" for key, entry in value.items()]
+        else:
+            shown = gigabytes(value) if name.endswith("_bytes") else _short(value)
+            lines.append(f"{name.ljust(width)}  {shown}")
+    return "\n".join(lines)
+
+
+def render_demo(result: DemoResult) -> str:
+    """Return the summaries of the demo's files."""
+    parts = []
+    for report, errors in result.files:
+        worst = min(errors, key=lambda error: error.sqnr_db)
+        parts.append(render_report(report))
+        parts.append(f"  worst    weight SQNR {worst.sqnr_db:.2f} dB in {worst.name}")
+    return "\n".join(parts)
+
+
+def render_backends(report: tuple[BackendStatus, ...]) -> str:
+    """Return one line a backend: usable or why not, and what it implements itself."""
+    lines = []
+    for entry in report:
+        if entry.reason is None:
+            lines.append(f"{entry.name.ljust(10)} usable      {', '.join(entry.native_ops)}")
+        else:
+            lines.append(f"{entry.name.ljust(10)} not usable  {entry.reason}")
+    return "\n".join(lines)
+
+
+def _sqnr_range(plan: Plan) -> str:
+    found = sorted(layer.sqnr_db for layer in plan.quantized if layer.sqnr_db is not None)
+    if not found:
+        return "not measured (no layer is quantized)"
+    return f"{found[0]:.1f} dB worst, {found[len(found) // 2]:.1f} dB median"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        shown = ", ".join(map(str, value[:10]))
+        return f"{len(value)}: {shown}{', …' if len(value) > 10 else ''}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.6g}"
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "…"

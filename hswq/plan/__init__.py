@@ -1,0 +1,7 @@
+"""Which layers stay 16-bit, as plain data."""
+
+from hswq.plan.make import make_plan, plan_options
+from hswq.plan.plan import LayerPlan, Plan
+from hswq.plan.select import Candidate, select_layers
+
+__all__ = ["Candidate", "LayerPlan", "Plan", "make_plan", "plan_options", "select_layers"]

@@ -1,0 +1,81 @@
+"""A plan for a module in memory."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hswq.calibration import Calibration
+from hswq.config import QuantizeConfig
+from hswq.plan.plan import Plan
+from hswq.plan.select import Candidate, select_layers
+from hswq.search import search_amax
+
+
+def plan_options(config: QuantizeConfig) -> dict[str, object]:
+    """Return the options that shape a plan, the search settings resolved."""
+    bins, candidates, refinements = config.search_settings
+    return {
+        "scaled": config.scaled,
+        "container": config.container,
+        "conv": config.conv,
+        "sensitivity": config.sensitivity,
+        "rounding": config.rounding,
+        "keep_ratio": config.effective_keep_ratio,
+        "keep": list(config.keep),
+        "quantize": list(config.quantize),
+        "bins": bins,
+        "candidates": candidates,
+        "refinements": refinements,
+    }
+
+
+def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfig) -> Plan:
+    """Decide what happens to every Linear and Conv2d of a module and search their amax.
+
+    Args:
+        module: the denoiser that `calibration` observed.
+        calibration: statistics of the same module names.
+        config: options of the plan, the search and the backend.
+    Returns:
+        The plan; `predicted_bytes` counts the module's state dict after quantization.
+    Raises:
+        PlanError: an option does not fit the layers.
+        InputError: a weight cannot be quantized, or the statistics are of another module.
+    """
+    modules = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, (nn.Linear, nn.Conv2d))
+    }
+    candidates = [
+        Candidate(
+            name=name,
+            aliases=(),
+            kind="linear" if isinstance(part, nn.Linear) else "conv2d",
+            shape=tuple(part.weight.shape),
+            sensitivity=calibration.sensitivity(name),
+        )
+        for name, part in modules.items()
+    ]
+    bins, thresholds, refinements = config.search_settings
+    layers = []
+    source_bytes = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    predicted_bytes = source_bytes
+    for layer in select_layers(candidates, config):
+        if not layer.quantized:
+            layers.append(layer)
+            continue
+        weight = modules[layer.name].weight.detach()
+        result = search_amax(
+            weight,
+            calibration.importance(layer.name),
+            scaled=layer.scaled,
+            bins=bins,
+            candidates=thresholds,
+            refinements=refinements,
+            backend=config.backend,
+            name=f"weight of layer {layer.name!r}",
+        )
+        layers.append(layer.with_search(result))
+        predicted_bytes -= weight.numel() * (weight.element_size() - 1) - (4 if layer.scaled else 0)
+    return Plan(tuple(layers), plan_options(config), source_bytes, predicted_bytes)

@@ -1,0 +1,210 @@
+"""Bad input gets a clear error, and nothing is written or lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hswq
+from hswq.errors import FormatError, HswqError, InputError
+from tests.tiny import Tiny
+
+OLD = b"the file that was there before"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """An output name under which an older file lies."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / "out.safetensors"
+    path.write_bytes(OLD)
+    return path
+
+
+def assert_untouched(output: Path) -> None:
+    assert output.read_bytes() == OLD
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def refuse(
+    source: Path, output: Path, config: hswq.QuantizeConfig, kind: type[HswqError], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        hswq.quantize_checkpoint(source, output, config)
+    assert_untouched(output)
+
+
+def test_truncated_file(tiny: Tiny, tmp_path: Path, output: Path) -> None:
+    """A download cut short would else be quantized up to the cut."""
+    source = tmp_path / "cut.safetensors"
+    source.write_bytes(tiny.checkpoint.read_bytes()[:-1000])
+    refuse(source, output, tiny.config(), FormatError, "cut.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"GGUF" + bytes(100), os.urandom(4096)])
+def test_file_that_is_no_safetensors(
+    tiny: Tiny, tmp_path: Path, output: Path, content: bytes
+) -> None:
+    """Any other bytes are refused by name, not with a traceback."""
+    source = tmp_path / "other.safetensors"
+    source.write_bytes(content)
+    refuse(source, output, tiny.config(), HswqError, "other.safetensors")
+
+
+def test_pickle_is_refused_and_never_run(tiny: Tiny, tmp_path: Path, output: Path) -> None:
+    """Unpickling a stranger's checkpoint runs its code."""
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(ran),)
+
+    plain, zipped = tmp_path / "model.ckpt", tmp_path / "model.safetensors"
+    plain.write_bytes(pickle.dumps({"w": Trap()}))
+    torch.save({"w": torch.ones(2)}, zipped)
+    for source in (plain, zipped):
+        refuse(source, output, tiny.config(), HswqError, "[Pp]ickle")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("scaled", "container"), [(False, "comfy"), (False, "plain"), (True, "hswq")]
+)
+def test_already_quantized_input(
+    tiny: Tiny, tmp_path: Path, output: Path, scaled: bool, container: str
+) -> None:
+    """Quantizing twice only loses quality."""
+    once = tmp_path / "once.safetensors"
+    hswq.quantize_checkpoint(tiny.checkpoint, once, tiny.config(scaled=scaled, container=container))
+    refuse(once, output, tiny.config(), InputError, "already quantized")
+
+
+def test_unknown_architecture(tiny: Tiny, tmp_path: Path, output: Path) -> None:
+    """A file of something else is told from a damaged SDXL file."""
+    source = tmp_path / "other.safetensors"
+    save_file({"encoder.layer.0.weight": torch.ones(2, 2)}, source)
+    refuse(source, output, tiny.config(), InputError, "encoder.layer.0.weight")
+
+
+def test_keys_that_do_not_map(tiny: Tiny, tmp_path: Path, output: Path) -> None:
+    """An unknown denoiser tensor could be a layer that would silently stay 16-bit."""
+    tensors = load_file(tiny.checkpoint)
+    extra = "model.diffusion_model.input_blocks.1.0.adapter.weight"
+    tensors[extra] = torch.ones(2, 2)
+    source = tmp_path / "extra.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(InputError, match=r"adapter\.weight"):
+        hswq.calibrate_checkpoint(source, hswq.CalibrationConfig(pipeline=str(tiny.pipeline)))
+    refuse(source, output, tiny.config(), InputError, r"adapter\.weight")
+
+
+def test_statistics_of_another_checkpoint(tiny: Tiny, tmp_path: Path, output: Path) -> None:
+    """A fine-tune of equal shapes has other activations: its statistics do not fit."""
+    tensors = load_file(tiny.checkpoint)
+    name = "model.diffusion_model.out.2.weight"
+    tensors[name] = tensors[name] + 1
+    source = tmp_path / "tuned.safetensors"
+    save_file(tensors, source)
+    refuse(source, output, tiny.config(), InputError, "another checkpoint")
+
+
+def test_file_that_is_no_statistics(tiny: Tiny, output: Path) -> None:
+    """A checkpoint given as statistics is a mix-up of two flags."""
+    config = tiny.config(stats=str(tiny.checkpoint))
+    refuse(tiny.checkpoint, output, config, HswqError, "statistics")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_weight_is_named(
+    tiny: Tiny, tmp_path: Path, output: Path, bad: float, kept: bool
+) -> None:
+    """A damaged layer is told by name, also where it would be kept."""
+    tensors = load_file(tiny.checkpoint)
+    name = "model.diffusion_model.out.2.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[3] = bad
+    source = tmp_path / "bad.safetensors"
+    save_file(tensors, source)
+    calibration = tiny.calibration
+    calibration.fingerprint = None
+    config = tiny.config(stats=None, keep=("^out",) if kept else (), quantize=("^out",))
+    with pytest.raises(InputError, match=r"'out\.2'.*NaN or Inf"):
+        hswq.quantize_checkpoint(source, output, config, calibration)
+    assert_untouched(output)
+
+
+def test_output_that_is_the_input(tiny: Tiny, tmp_path: Path) -> None:
+    """The source must never be overwritten, whatever name leads to it."""
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(tiny.checkpoint.read_bytes())
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(source)
+    for target in (source, link):
+        with pytest.raises(InputError, match="the input itself"):
+            hswq.quantize_checkpoint(source, target, tiny.config())
+    assert source.read_bytes() == tiny.checkpoint.read_bytes()
+
+
+def test_output_folder_missing_or_name_wrong(tiny: Tiny, tmp_path: Path) -> None:
+    """Told before hours of calibration, not after."""
+    with pytest.raises(InputError, match="does not exist"):
+        hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "no/out.safetensors", tiny.config())
+    with pytest.raises(InputError, match=r"does not end in \.safetensors"):
+        hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "out.fp8", tiny.config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk(tiny: Tiny, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room is told before work starts, and the old file stays."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refuse(tiny.checkpoint, output, tiny.config(), InputError, "space")
+
+
+def test_empty_prompt_file(tiny: Tiny, tmp_path: Path, output: Path) -> None:
+    """Nothing to sample is an error, not statistics of nothing."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n# only a comment\n\n")
+    config = hswq.QuantizeConfig(calib_file=str(prompts), pipeline=str(tiny.pipeline))
+    refuse(tiny.checkpoint, output, config, InputError, "prompts.txt")
+
+
+@pytest.mark.parametrize("reached", [1, 40])
+def test_interrupted_run_leaves_the_old_file(tiny: Tiny, output: Path, reached: int) -> None:
+    """Ctrl-C in the middle must not leave half a file, nor take the old one."""
+    calls = 0
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == reached:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hswq.quantize_checkpoint(tiny.checkpoint, output, tiny.config(), progress=interrupt)
+    assert calls == reached
+    assert_untouched(output)
+
+
+def test_failed_verification_leaves_the_old_file(
+    tiny: Tiny, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that does not read back as written must not take the good one's place."""
+    from hswq.driver import quantize
+
+    def fail(*_: object) -> None:
+        raise FormatError("does not match")
+
+    monkeypatch.setattr(quantize, "verify_output", fail)
+    refuse(tiny.checkpoint, output, tiny.config(), FormatError, "does not match")

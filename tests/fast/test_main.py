@@ -1,0 +1,177 @@
+"""The command line: flags from the config, exit codes, JSON, streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from hswq.config import CalibrationConfig, QuantizeConfig
+from hswq.fast.__main__ import main
+from hswq.fast.arguments import config_from, make_parser
+from hswq.fast.bars import Bars
+from tests.tiny import Tiny
+
+
+def quantize_arguments(tiny: Tiny, output: Path) -> list[str]:
+    return [
+        *("quantize", "--input", str(tiny.checkpoint), "--output", str(output)),
+        *("--stats", str(tiny.stats), "--pipeline", str(tiny.pipeline)),
+    ]
+
+
+def parse(*flags: str) -> QuantizeConfig:
+    paths = ["--input", "in", "--output", "out.safetensors"]
+    config = config_from(make_parser().parse_args(["quantize", *paths, *flags]), QuantizeConfig)
+    assert isinstance(config, QuantizeConfig)
+    return config
+
+
+def test_every_option_is_a_flag_and_defaults_live_in_the_config() -> None:
+    """A flag with a default of its own would overrule the library's."""
+    assert parse() == QuantizeConfig()
+    texts = make_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    for command, config in (("quantize", QuantizeConfig), ("calibrate", CalibrationConfig)):
+        text = texts[command].format_help()
+        for spec in dataclasses.fields(config):
+            assert f"--{spec.name.replace('_', '-')}" in text
+
+
+def test_flags_reach_the_config_with_their_types() -> None:
+    """A number parsed as text, or one of several patterns lost, changes the file silently."""
+    config = parse(
+        *("--scaled", "--keep-ratio", "0", "--keep", "a", "--keep", "b", "--search", "high"),
+        *("--bins", "512", "--container", "hswq", "--steps", "3"),
+    )
+    assert config == QuantizeConfig(
+        scaled=True,
+        keep_ratio=0.0,
+        keep=("a", "b"),
+        search="high",
+        bins=512,
+        container="hswq",
+        steps=3,
+    )
+    assert config.search_settings == (512, 1000, 10)
+
+
+def test_flag_names_of_the_seed_work() -> None:
+    """Users' scripts for the seed project go on working."""
+    config = parse(
+        *("--calib_file", "p.txt", "--num_calib_samples", "4", "--num_inference_steps", "7"),
+        *("--keep_ratio", "0.25"),
+    )
+    expected = QuantizeConfig(calib_file="p.txt", samples=4, steps=7, keep_ratio=0.25)
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--keep-ratio", "1.5"],
+        ["--keep-ratio", "many"],
+        ["--container", "zip"],
+        ["--scaled", "--container", "plain"],
+        ["--no-such-flag"],
+    ],
+)
+def test_wrong_usage_exits_with_two(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts tell a wrong flag (2) from a refused file (1)."""
+    command = ["quantize", "--input", "x", "--output", str(tmp_path / "o.safetensors"), *flags]
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 2
+    assert "--" in capsys.readouterr().err
+
+
+def test_refused_input_exits_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message goes to stderr; stdout stays empty for pipes."""
+    output = tmp_path / "o.safetensors"
+    assert main(["quantize", "--input", str(tmp_path / "no"), "--output", str(output)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("InputError: ")
+    assert not output.exists()
+
+
+def test_backend_that_cannot_run_exits_with_three(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A named backend is never replaced by another."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    output = tmp_path / "o.safetensors"
+    assert main([*quantize_arguments(tiny, output), "--backend", "triton", "--quiet"]) == 3
+    assert not output.exists()
+
+
+def test_json_is_all_that_stdout_holds(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs read stdout; bars and warnings belong to stderr."""
+    output = tmp_path / "o.safetensors"
+    assert main([*quantize_arguments(tiny, output), "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["output_bytes"] == output.stat().st_size
+    assert report["quantized"] + len(report["kept"]) == report["layers"]
+    assert "quantize" in captured.err
+
+
+def test_summary_plan_and_inspect_tell_the_same(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three views of one file must agree on its layers."""
+    output = tmp_path / "o.safetensors"
+    assert main([*quantize_arguments(tiny, output), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["inspect", str(output), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    arguments = quantize_arguments(tiny, output)
+    arguments[0] = "plan"
+    del arguments[3:5]
+    assert main([*arguments, "--json", "--quiet"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    kept = [layer["name"] for layer in plan["layers"] if not layer["quantized"]]
+    assert facts["container"] == "comfy"
+    assert facts["kept_layers"] == kept
+    assert facts["quantized_layers"] == len(plan["layers"]) - len(kept)
+    assert facts["file_bytes"] == plan["predicted_bytes"]
+    for path, word in ((output, "container"), (tiny.stats, "samples"), (tiny.checkpoint, "sdxl")):
+        assert main(["inspect", str(path)]) == 0
+        assert word in capsys.readouterr().out
+
+
+def test_backends_lists_every_backend_with_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """A user must see why the quick backend is not used."""
+    assert main(["backends", "--json"]) == 0
+    report = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(report) == {"reference", "cpp", "triton"}
+    assert report["reference"]["usable"] is True
+    assert report["triton"]["usable"] or report["triton"]["reason"]
+
+
+def test_terminated_run_exits_with_130_and_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM from a scheduler cleans up as Ctrl-C does."""
+    reached = []
+
+    def terminate(bars: Bars, phase: str, done: int, total: int) -> None:
+        reached.append(phase)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Bars, "__call__", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(quantize_arguments(tiny, tmp_path / "o.safetensors")) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert reached == ["quantize"]
+    assert not list(tmp_path.iterdir())
+    assert "interrupted" in capsys.readouterr().err

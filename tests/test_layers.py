@@ -1,0 +1,80 @@
+"""The architecture: no layer imports upwards, and `import hswq` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hswq"
+LAYER = {
+    "errors": 0,
+    "config": 0,
+    "progress": 0,
+    "formats": 1,
+    "kernels": 2,
+    "models": 3,
+    "calibration": 3,
+    "search": 4,
+    "plan": 5,
+    "quality": 5,
+    "driver": 6,
+    "compat": 6,
+    "fast": 7,
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Return the first-level parts of hswq that a file imports, also inside functions."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            names = [node.module or ""]
+            if node.module == "hswq":
+                names = [f"hswq.{alias.name}" for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in names if name.startswith("hswq.")}
+    return parts
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layer_imports_nothing_above_it(path: Path) -> None:
+    """A lower layer that needs a higher one can no longer be read or tested alone."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    public = {"__version__"}
+    too_high = {part for part in imported_parts(path) - public if LAYER[part] > LAYER[own]}
+    assert not too_high, f"{own} (layer {LAYER[own]}) imports {sorted(too_high)}"
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_importing_hswq_loads_no_torch() -> None:
+    """Programs that only look at hswq's version or options must not pay for torch."""
+    code = "import hswq, hswq.config, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert run_python(code) == "False False"
+
+
+def test_driver_loads_no_diffusers() -> None:
+    """Converting with given statistics must not pay three seconds for diffusers."""
+    code = "import hswq.driver, sys; print({'diffusers', 'transformers'} & set(sys.modules))"
+    assert run_python(code) == "set()"
+
+
+def test_every_public_name_resolves() -> None:
+    """A name in __all__ that fails to import is a broken promise."""
+    import hswq
+
+    for name in hswq.__all__:
+        assert getattr(hswq, name) is not None
