@@ -19,6 +19,9 @@ from torch import Tensor
 
 from hswq.kernels import BACKENDS, dispatch
 
+# The tiny checkpoint of the tests of driver and command line.
+pytest_plugins = ["tests.tiny"]
+
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 

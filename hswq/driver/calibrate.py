@@ -20,6 +20,7 @@ from hswq.driver.source import Source, open_source
 from hswq.errors import BackendError
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
+from hswq.models.quiet import quiet_libraries
 from hswq.models.sdxl import build_pipeline
 from hswq.progress import Progress, no_progress
 
@@ -87,7 +88,8 @@ def calibrate_source(source: Source, config: CalibrationConfig, progress: Progre
         device=device,
         allow_download=config.allow_download,
     )
-    calibration = run_calibration(pipeline, config, conditioning, progress=progress)
+    with quiet_libraries():
+        calibration = run_calibration(pipeline, config, conditioning, progress=progress)
     calibration.model_map = model_map
     calibration.fingerprint = fingerprint(source.checkpoint, model_map)
     return calibration

@@ -165,4 +165,4 @@ def job_warnings(job: Job) -> list[str]:
 
 
 def _compact(data: Any) -> str:
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, sort_keys=True)

@@ -66,10 +66,10 @@ def quantize_checkpoint(
         with CheckpointWriter(target, job.specs, job.metadata_bytes) as writer:
             results = _write_tensors(job, writer, watch, progress)
             plan = job.plan(results, writer.file_bytes)
-            with watch.phase("write"):
-                writer.commit(job.metadata(plan))
-        with watch.phase("verify"):
-            verify_output(job, target, plan, results)
+            with watch.phase("finish"):
+                writer.commit(
+                    job.metadata(plan), lambda path: verify_output(job, path, plan, results)
+                )
     return Report(
         source=str(src),
         output=str(target),

@@ -45,11 +45,8 @@ class Source:
             stored is not None
             and stored.layout == self.detection.layout
             and stored.prefix == self.detection.prefix
-            and all(
-                source.key in self.checkpoint.tensors
-                for sources in stored.sources.values()
-                for source in sources
-            )
+            and stored.keys
+            == {key for key in self.checkpoint.tensors if key.startswith(stored.prefix)}
         ):
             return stored
         return self.trace(pipeline)

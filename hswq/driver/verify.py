@@ -17,7 +17,9 @@ SPOT_CHECKS = 16
 
 
 def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResult]) -> None:
-    """Reopen a written file; compare header and metadata with the job and tensors with the source.
+    """Reopen a complete file, before it takes its name, and compare it with job and source.
+
+    Header and metadata are compared with the job, tensors with the source.
 
     `--verify spot` compares some tensors, `full` every one: FP8 layers are rounded anew from the
     source, all others compared byte for byte.
@@ -52,6 +54,6 @@ def _chosen(names: list[str], verify: str) -> list[str]:
 
 def _damaged(path: Path, what: str) -> FormatError:
     return FormatError(
-        f"{path} was written, but reading it back failed: {what}. The disk or memory is faulty, or "
-        "the source changed meanwhile: do not use the file, and write it again."
+        f"reading back {path} failed: {what}. The disk or memory is faulty, or the source changed "
+        "meanwhile; nothing was written under the output's name: run again."
     )

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -143,11 +143,17 @@ class CheckpointWriter:
             )
         self._write_at(name, offset, view)
 
-    def commit(self, metadata: Mapping[str, str]) -> None:
+    def commit(
+        self, metadata: Mapping[str, str], verify: Callable[[Path], None] | None = None
+    ) -> None:
         """Write the header and move the complete file to the target's name.
 
         Tensors without elements need not have been written.
 
+        Args:
+            metadata: text by key.
+            verify: called with the path of the complete file before it takes the target's name; an
+                error it raises leaves an older target as it was.
         Raises:
             InputError: a tensor is incomplete, the metadata are not text or larger than reserved,
                 or the disk refuses.
@@ -167,6 +173,11 @@ class CheckpointWriter:
         try:
             _write_all(descriptor, memoryview(start), 0)
             os.fsync(descriptor)
+        except OSError as error:
+            raise self._refused(error) from error
+        if verify is not None:
+            verify(self._temporary)
+        try:
             os.replace(self._temporary, self.path)
         except OSError as error:
             raise self._refused(error) from error

@@ -101,6 +101,11 @@ class ModelMap:
     sources: dict[str, tuple[Source, ...]]
     unmatched: tuple[str, ...] = ()
 
+    @property
+    def keys(self) -> set[str]:
+        """All keys of the denoiser in the checkpoint."""
+        return {part.key for parts in self.sources.values() for part in parts} | {*self.unmatched}
+
     def units(self) -> tuple[Unit, ...]:
         """Group the modules' weights by checkpoint tensor, in the order of the modules."""
         pieces: dict[str, list[tuple[Source, ModuleSpec]]] = {}
