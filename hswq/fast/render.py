@@ -35,7 +35,6 @@ def render_report(report: Report) -> str:
         "  seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
         f"  memory   {gigabytes(report.peak_memory_bytes)} at most",
     ]
-    lines += [f"  warning  {text}" for text in report.warnings]
     return "\n".join(lines)
 
 
