@@ -81,8 +81,6 @@ inline void WithFormat(DType dtype, const Function& function) {
 
 inline float Magnitude(float value) { return FloatOf(BitsOf(value) & 0x7fffffff); }
 
-// --- Codepoints ---------------------------------------------------------------------------------
-
 template <typename Format>
 void QuantizeBlock(const typename Format::Storage* __restrict weights, size_t count, float amax,
                    float scale, uint8_t* __restrict codes) {
@@ -118,8 +116,6 @@ void DequantizeE4m3(const uint8_t* codes, size_t count, float scale, DType dtype
     DequantizeBlock<Format>(codes, count, scale, static_cast<typename Format::Storage*>(values));
   });
 }
-
-// --- Histogram ----------------------------------------------------------------------------------
 
 // Without their signs, bit patterns order as the magnitudes do, with NaN above infinity.
 float MaxAbs(DType dtype, const void* weights, size_t count) {
@@ -176,8 +172,6 @@ void BinHistogram(DType dtype, const void* weights, size_t count, const int64_t*
     BinBlock<Format>(typed, count, importance, width, bins, sums);
   });
 }
-
-// --- Search -------------------------------------------------------------------------------------
 
 // A float64 sum that carries the rounding errors of its additions along (Neumaier).
 struct CompensatedSum {
@@ -291,8 +285,6 @@ double ClipMse(const ClipHistogram& histogram, float amax, bool scaled) {
   }
   return terms[0];
 }
-
-// --- Sums over activations ----------------------------------------------------------------------
 
 // Enough lanes to hide the latency of the additions, and too many for the compiler to unroll the
 // loop over them before it is vectorised.

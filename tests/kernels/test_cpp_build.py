@@ -154,6 +154,33 @@ def test_layers_of_one_search_do_not_meet() -> None:
 
 
 @pytest.mark.usefixtures("extension")
+def test_near_tie_is_settled_by_the_definition() -> None:
+    """Here sums over codepoints rank a candidate first that the direct sum does not: without the
+    error bound between them, later stages would search around the wrong threshold."""
+    hist = torch.zeros(16, dtype=torch.float64)
+    hist[6], hist[8] = 0.00043714154991197587, 0.999562858450088
+    max_abs = torch.tensor(float.fromhex("0x1.929452p-1"))
+    found, expected = (
+        kernels.search_amax(hist, max_abs, True, 200, 18, backend=name)
+        for name in ("cpp", "reference")
+    )
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("value", [-0.3, 0.3, -7.0, -(2.0**-60), 0.0, -0.0, 1e12])
+def test_mean_is_split_into_the_parts_of_the_reference(value: float) -> None:
+    """A low part outside [0, 2**48) would overflow after fewer calls than accumulators promise."""
+    y = torch.tensor([value])
+    sums = {name: MonitorAccumulators.zeros(1) for name in ("cpp", "reference")}
+    for name, accumulators in sums.items():
+        kernels.monitor(torch.ones(1), y, -1, accumulators, backend=name)
+    for part in ("calls", "skipped", "mean_y", "mean_y2", "abs_mean"):
+        assert torch.equal(getattr(sums["cpp"], part), getattr(sums["reference"], part))
+
+
+@pytest.mark.usefixtures("extension")
 def test_flushing_subnormals_elsewhere_changes_no_codepoint() -> None:
     """A caller that lets its thread flush subnormals would otherwise get zeros from that thread."""
     w = torch.linspace(-1e-39, 1e-39, 101)
