@@ -31,10 +31,8 @@ class AmaxResult:
 
     @property
     def scale(self) -> float:
-        """float32(amax / 448), the scale of V2; 1 where there is nothing to scale."""
-        if self.amax == 0.0:
-            return 1.0
-        return float(torch.tensor(self.amax / E4M3_MAX, dtype=torch.float32))
+        """float32(amax / 448), the scale of V2; 1 where that is 0 and every code will be 0."""
+        return float(torch.tensor(self.amax / E4M3_MAX, dtype=torch.float32)) or 1.0
 
     @property
     def relative_mse(self) -> float:
