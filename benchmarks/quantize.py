@@ -3,11 +3,11 @@
 The baseline is a plain copy of the input file. Example, with a full-size random SDXL checkpoint
 (5.1 GB) and statistics from two sampler steps on a small latent:
 
-    python benchmarks/make_checkpoint.py --output big.safetensors
-    python benchmarks/make_embeddings.py --output embeddings.safetensors
+    python -m benchmarks.make_checkpoint big.safetensors --unet-only
+    python -m benchmarks.make_embeddings --output embeddings.safetensors
     python -m hswq.fast calibrate --input big.safetensors --output stats.safetensors \
         --embeddings embeddings.safetensors --latent 16 --samples 1 --steps 2
-    python benchmarks/quantize.py --input big.safetensors --stats stats.safetensors
+    python -m benchmarks.quantize --input big.safetensors --stats stats.safetensors
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from benchmarks.demo_model.shapes import (
     recognize,
     write_tokenizer,
 )
+from benchmarks.record import record
 
 METADATA = {
     "modelspec.sai_model_spec": "1.0.0",
@@ -177,9 +178,18 @@ def main() -> None:
     right = np.array(
         [agreement(scene, recognize(image)) for scene, image in zip(scenes, images, strict=True)]
     )
-    for field, share in zip(fields(Scene), right.mean(0), strict=True):
-        print(f"{field.name}: {share:.3f}")
-    print(f"all: {right.all(1).mean():.3f}")
+    counts = {
+        field.name: int(count) for field, count in zip(fields(Scene), right.sum(0), strict=True)
+    }
+    record(
+        {
+            "op": "demo_model",
+            "prompts": len(prompts),
+            "steps": 25,
+            "guidance": arguments.guidance,
+            "right": {**counts, "all": int(right.all(1).sum())},
+        }
+    )
 
 
 if __name__ == "__main__":
