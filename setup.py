@@ -21,6 +21,7 @@ IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # multiply-add. -fno-trapping-math changes no value; it lets selects between floats be vectorised.
 FLAGS = [
     "-O3",
+    "-g0",
     "-std=c++17",
     "-ffp-contract=off",
     "-fno-trapping-math",

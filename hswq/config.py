@@ -74,6 +74,7 @@ class CalibrationConfig:
         25,
         "sampler steps a prompt",
         minimum=1,
+        maximum=1000,
         aliases=("--num_inference_steps",),
         group="calibration",
     )
@@ -179,7 +180,7 @@ class QuantizeConfig(CalibrationConfig):
     )
     quantize: tuple[str, ...] = option(
         (),
-        "regular expression of layer names to quantize in any case; may be repeated",
+        "regular expression of layer names to quantize, unless --keep names them; may be repeated",
         metavar="REGEX",
         group="plan",
     )
@@ -233,6 +234,8 @@ class QuantizeConfig(CalibrationConfig):
                 "--container legacy is for scaled weights: add --scaled, or use comfy or plain."
             )
         for flag, patterns in (("--keep", self.keep), ("--quantize", self.quantize)):
+            if isinstance(patterns, str):
+                raise OptionError(f"{flag} is the text {patterns!r}; a tuple of texts is needed.")
             for pattern in patterns:
                 try:
                     re.compile(pattern)

@@ -13,6 +13,7 @@ from hswq.config import QuantizeConfig
 from hswq.driver.calibrate import calibrate_checkpoint
 from hswq.driver.quantize import quantize_checkpoint
 from hswq.driver.report import Report
+from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
 from hswq.progress import Progress, no_progress
 from hswq.quality import LayerError, weight_errors
@@ -52,6 +53,8 @@ def run_demo(folder: str | os.PathLike[str], *, progress: Progress = no_progress
         The errors of `quantize_checkpoint`.
     """
     target, assets = Path(folder), demo_folder()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{str(target)!r} is a file: give a folder for the demo's files.")
     target.mkdir(parents=True, exist_ok=True)
     source = assets / "demo.safetensors"
     base = QuantizeConfig(

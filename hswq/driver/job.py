@@ -23,6 +23,7 @@ from hswq.plan import Candidate, LayerPlan, Plan, plan_options, select_layers
 from hswq.search import AmaxResult, search_amax
 
 FORMAT_VERSION = "1"
+QUANTIZABLE_DTYPES = ("F16", "BF16", "F32")
 # The longest repr of a float64: metadata are reserved for it before the search knows the figures.
 _LONGEST_FLOAT = 2.2250738585072014e-308
 
@@ -68,7 +69,9 @@ class Job:
             **container_metadata(self.config.container, self.quantized_layers),
             "hswq.format_version": FORMAT_VERSION,
             "hswq.version": hswq.__version__,
-            "hswq.calibration": _compact(self.calibration.settings),
+            "hswq.calibration": _compact(
+                {**self.calibration.settings, "samples": len(self.calibration.samples)}
+            ),
             "hswq.plan": _compact(plan.to_dict()),
         }
 
@@ -88,14 +91,18 @@ class Job:
         )
 
     def check_finite(self, key: str, weight: Tensor) -> None:
-        """Refuse a kept layer that holds NaN or Inf; a quantized one is refused by its search.
+        """Refuse a copied tensor of the denoiser that holds NaN or Inf.
+
+        FP8 layers are refused by their search.
 
         Raises:
             InputError: the weight is not finite.
         """
         if not bool(torch.isfinite(weight).all()):
+            layer = self.layers.get(key)
+            described = f"tensor {key!r}" if layer is None else f"layer {layer.name!r} ({key})"
             raise InputError(
-                f"layer {self.layers[key].name!r} ({key}) {list(weight.shape)} holds NaN or Inf: "
+                f"{described} {list(weight.shape)} holds NaN or Inf: "
                 "the checkpoint is damaged or its dtype overflowed: export it again."
             )
 
@@ -110,6 +117,35 @@ class Job:
         ).cpu()
 
 
+def list_candidates(
+    source: Source, model_map: ModelMap, calibration: Calibration | None
+) -> list[Candidate]:
+    """Return every layer of the denoiser, with its sensitivity where statistics are given.
+
+    Raises:
+        InputError: a layer's weight is of a dtype that cannot be quantized.
+    """
+    candidates = []
+    for unit in model_map.units():
+        dtype = source.checkpoint.tensors[unit.key].dtype
+        if dtype not in QUANTIZABLE_DTYPES:
+            raise InputError(
+                f"layer {unit.name!r} ({unit.key}) of {source.checkpoint.path} is {dtype}; only "
+                f"{', '.join(QUANTIZABLE_DTYPES)} can be quantized: convert it to one of them."
+            )
+        module = unit.modules[0].name
+        candidates.append(
+            Candidate(
+                name=unit.name,
+                aliases=tuple(module.name for module in unit.modules),
+                kind=unit.kind,
+                shape=unit.shape,
+                sensitivity=None if calibration is None else calibration.sensitivity(module),
+            )
+        )
+    return candidates
+
+
 def make_job(
     source: Source,
     config: QuantizeConfig,
@@ -118,16 +154,7 @@ def make_job(
     device: torch.device,
 ) -> Job:
     units = {unit.key: unit for unit in model_map.units()}
-    candidates = [
-        Candidate(
-            name=unit.name,
-            aliases=tuple(module.name for module in unit.modules),
-            kind=unit.kind,
-            shape=unit.shape,
-            sensitivity=calibration.sensitivity(unit.modules[0].name),
-        )
-        for unit in units.values()
-    ]
+    candidates = list_candidates(source, model_map, calibration)
     layers = dict(zip(units, select_layers(candidates, config), strict=True))
     job = Job(source, calibration, config, units, layers, (), 0, device)
     fp8 = {layer.key for layer in job.quantized_layers}
@@ -155,7 +182,11 @@ def job_warnings(job: Job) -> list[str]:
             "the hswq container holds scales that only hswq applies: other programs show a wrong "
             "image. Use --container comfy for ComfyUI."
         )
-    uncounted = [layer.name for layer in job.layers.values() if layer.sensitivity is None]
+    uncounted = [
+        layer.name
+        for layer in job.layers.values()
+        if layer.sensitivity is None and not layer.quantized
+    ]
     if uncounted:
         found.append(
             f"{len(uncounted)} layers have no counted call in the statistics and are kept: "

@@ -12,15 +12,15 @@ from torch import Tensor
 from hswq.calibration import Calibration
 from hswq.config import QuantizeConfig
 from hswq.driver.calibrate import calibrate_source, resolve_device
-from hswq.driver.job import Job, job_warnings, make_job
-from hswq.driver.paths import check_target
+from hswq.driver.job import Job, job_warnings, list_candidates, make_job
+from hswq.driver.paths import check_outputs
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
 from hswq.driver.source import Source, check_statistics, open_source
 from hswq.driver.verify import verify_output
 from hswq.formats.containers import extra_tensors, marker_tensors
 from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import CheckpointWriter
-from hswq.plan import Plan
+from hswq.plan import Plan, select_layers
 from hswq.progress import Progress, no_progress
 from hswq.search import AmaxResult
 
@@ -56,12 +56,9 @@ def quantize_checkpoint(
         PlanError: an option does not fit the layers.
         BackendError: a backend or device that was asked for cannot run.
     """
-    target = check_target(dst)
     watch = Stopwatch()
-    if config.save_stats is not None:
-        check_target(config.save_stats)
+    target, *_ = check_outputs(src, config, dst, config.save_stats)
     with open_source(src) as source:
-        check_target(target, source.checkpoint.files)
         job, warnings = _prepare(source, config, calibration, watch, progress)
         with CheckpointWriter(target, job.specs, job.metadata_bytes) as writer:
             results = _write_tensors(job, writer, watch, progress)
@@ -124,6 +121,8 @@ def _prepare(
         with watch.phase("statistics"):
             calibration = Calibration.load(config.stats)
     if calibration is None:
+        # A wrong pattern or dtype is told before the sampler runs for an hour.
+        select_layers(list_candidates(source, source.trace(config.pipeline), None), config)
         with watch.phase("calibrate"):
             calibration = calibrate_source(source, config, progress)
             if config.save_stats is not None:
@@ -164,7 +163,17 @@ def _write_tensors(
         writer.write(name, tensor)
     with watch.phase("copy"):
         for info in tensors.values():
-            if info.name not in job.layers:
+            if info.name in job.layers:
+                continue
+            if (
+                info.name.startswith(job.source.detection.prefix)
+                and info.torch_dtype.is_floating_point
+            ):
+                weight = job.source.checkpoint.read(info.name)
+                job.check_finite(info.name, weight)
+                writer.write(info.name, weight)
+                done += info.nbytes
+            else:
                 for copied in _copy(job, writer, info):
                     done += copied
                     progress("quantize", done, total)

@@ -41,13 +41,8 @@ class Source:
     def map_from(self, calibration: Calibration, pipeline: str | None) -> ModelMap:
         """Return the map stored with the statistics where it fits this file, else a traced one."""
         stored = calibration.model_map
-        if (
-            stored is not None
-            and stored.layout == self.detection.layout
-            and stored.prefix == self.detection.prefix
-            and stored.keys
-            == {key for key in self.checkpoint.tensors if key.startswith(stored.prefix)}
-        ):
+        shapes = {info.name: info.shape for info in self.checkpoint.tensors.values()}
+        if stored is not None and stored.fits(self.detection.layout, self.detection.prefix, shapes):
             return stored
         return self.trace(pipeline)
 

@@ -33,18 +33,18 @@ def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResul
         found = {info.name: (info.dtype, tuple(info.shape)) for info in written.tensors.values()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
-                raise _damaged(path, f"{name!r} is {found.get(name)}, planned {expected.get(name)}")
+                raise _damaged(f"{name!r} is {found.get(name)}, planned {expected.get(name)}")
         if written.metadata != job.metadata(plan):
-            raise _damaged(path, "its metadata differ from the plan")
+            raise _damaged("its metadata differ from the plan")
         copied = [name for name in checkpoint.tensors if name not in results]
         for key in _chosen(list(results), job.config.verify):
             codes = job.encode(key, checkpoint.read(key), results[key])
             if not torch.equal(written.read(key).view(torch.uint8), codes):
-                raise _damaged(path, f"the codes of {key!r} differ from the source's")
+                raise _damaged(f"the codes of {key!r} differ from the source's")
         for key in _chosen(copied, job.config.verify):
             length = checkpoint.tensors[key].nbytes
             if written.read_bytes(key, 0, length) != checkpoint.read_bytes(key, 0, length):
-                raise _damaged(path, f"the bytes of {key!r} differ from the source's")
+                raise _damaged(f"the bytes of {key!r} differ from the source's")
 
 
 def _chosen(names: list[str], verify: str) -> list[str]:
@@ -52,8 +52,8 @@ def _chosen(names: list[str], verify: str) -> list[str]:
     return names[::step]
 
 
-def _damaged(path: Path, what: str) -> FormatError:
+def _damaged(what: str) -> FormatError:
     return FormatError(
-        f"reading back {path} failed: {what}. The disk or memory is faulty, or the source changed "
-        "meanwhile; nothing was written under the output's name: run again."
+        f"reading back the new file failed: {what}. The disk or memory is faulty, or the "
+        "source changed meanwhile; nothing was written under the output's name: run again."
     )

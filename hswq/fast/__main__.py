@@ -90,10 +90,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     config = config_from(arguments, CalibrationConfig)
     from hswq.driver import calibrate_checkpoint, inspect_path
-    from hswq.driver.paths import check_target
+    from hswq.driver.paths import check_outputs
     from hswq.fast.render import render_facts
 
-    check_target(arguments.output)
+    check_outputs(arguments.input, config, arguments.output)
     calibration = _with_bars(
         arguments, lambda progress: calibrate_checkpoint(arguments.input, config, progress=progress)
     )

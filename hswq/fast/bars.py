@@ -33,6 +33,8 @@ class Bars:
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
+            # The phase may come again, for the next file.
+            del self._bars[phase]
 
     def close(self) -> None:
         """Close what is still open, so that an error is printed on a line of its own."""

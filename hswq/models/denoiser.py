@@ -51,7 +51,8 @@ def load_denoiser(
     Returns:
         The UNet in eval mode, without gradients.
     Raises:
-        InputError: diffusers cannot build a UNet from the configuration.
+        InputError: diffusers cannot build a UNet from the configuration, or a tensor holds NaN
+            or Inf.
         FormatError: the checkpoint's file is damaged.
     """
     unet: nn.Module = meta_denoiser(config)
@@ -65,4 +66,10 @@ def load_denoiser(
 
 def _gather(checkpoint: Checkpoint, sources: tuple[Source, ...]) -> Tensor:
     parts = [checkpoint.read(part.key, part.start, part.stop) for part in sources]
+    for part, tensor in zip(sources, parts, strict=True):
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{part.key!r} in '{checkpoint.path}' holds NaN or Inf: the file is damaged, or "
+                "its dtype overflowed: export it again."
+            )
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -7,7 +7,7 @@ given statistics imports neither diffusers nor transformers.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 
 from hswq.errors import FormatError
@@ -91,6 +91,7 @@ class ModelMap:
         modules: every Linear and Conv2d, in `named_modules` order.
         sources: for each parameter and buffer of the denoiser's state dict, the rows it is made of.
         unmatched: the denoiser's keys that feed no parameter: markers without elements.
+        shapes: shape of every checkpoint tensor that the map was traced from, by key.
     """
 
     family: str
@@ -100,11 +101,16 @@ class ModelMap:
     modules: tuple[ModuleSpec, ...]
     sources: dict[str, tuple[Source, ...]]
     unmatched: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @property
-    def keys(self) -> set[str]:
-        """All keys of the denoiser in the checkpoint."""
-        return {part.key for parts in self.sources.values() for part in parts} | {*self.unmatched}
+    def fits(self, layout: str, prefix: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Tell whether a checkpoint of this layout and these tensor shapes has this map."""
+        found = {
+            key: shape
+            for key, shape in shapes.items()
+            if key.startswith(prefix) and key not in self.unmatched
+        }
+        return (layout, prefix, found) == (self.layout, self.prefix, self.shapes)
 
     def units(self) -> tuple[Unit, ...]:
         """Group the modules' weights by checkpoint tensor, in the order of the modules."""
@@ -140,6 +146,7 @@ class ModelMap:
                 for name, sources in self.sources.items()
             },
             "unmatched": self.unmatched,
+            "shapes": self.shapes,
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
@@ -170,6 +177,9 @@ class ModelMap:
                 for name, found in content.pop("sources").items()
             }
             unmatched = tuple(content.pop("unmatched"))
-            return cls(modules=modules, sources=sources, unmatched=unmatched, **content)
+            shapes = {key: tuple(shape) for key, shape in content.pop("shapes").items()}
+            return cls(
+                modules=modules, sources=sources, unmatched=unmatched, shapes=shapes, **content
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise FormatError(f"the stored model map is damaged: {error}.") from error

@@ -116,13 +116,13 @@ def _check_widths(checkpoint: Checkpoint, parts: dict[str, Any], config: dict[st
 def _scheduler(config: dict[str, Any], detection: Detection) -> Any:
     from diffusers import EulerDiscreteScheduler
 
-    overrides: dict[str, Any] = {
-        "prediction_type": detection.prediction_type,
-        "rescale_betas_zero_snr": detection.zero_terminal_snr,
-    }
+    # A file that says nothing is of the type that the configuration names.
+    overrides: dict[str, Any] = {}
+    if detection.prediction_type == "v_prediction":
+        overrides["prediction_type"] = "v_prediction"
     if detection.zero_terminal_snr:
         # Only this spacing starts from the last timestep, the one of pure noise.
-        overrides["timestep_spacing"] = "trailing"
+        overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return EulerDiscreteScheduler.from_config(config, **overrides)
 
 

@@ -85,6 +85,7 @@ def trace_map(
         modules=trace.modules,
         sources=trace.sources,
         unmatched=tuple(unmatched),
+        shapes=dict(keys),
     )
 
 

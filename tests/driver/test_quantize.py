@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,18 @@ def test_other_layouts_quantize_with_statistics_of_the_full_file(
     assert codes(output) == codes(full)
     if layout == "diffusers":
         assert "ComfyUI drops the markers" in " ".join(report.warnings)
+
+
+def test_pipeline_folder_names_the_prediction_type(tiny: Tiny, tmp_path: Path) -> None:
+    """A v-prediction model without a marker would be sampled as epsilon: statistics of noise."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny.pipeline, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(path.read_text()) | {"prediction_type": "v_prediction"}
+    path.write_text(json.dumps(scheduler))
+    found = hswq.calibrate_checkpoint(tiny.checkpoint, tiny_calibration_config(folder))
+    assert found.settings["sampler_config"]["prediction_type"] == "v_prediction"
+    assert tiny.calibration.settings["sampler_config"]["prediction_type"] == "epsilon"
 
 
 def test_calibration_is_deterministic(tiny: Tiny, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hswq
-from hswq.errors import FormatError, HswqError, InputError
+from hswq.errors import FormatError, HswqError, InputError, PlanError
 from tests.tiny import Tiny
 
 OLD = b"the file that was there before"
@@ -148,9 +148,83 @@ def test_output_that_is_the_input(tiny: Tiny, tmp_path: Path) -> None:
     link = tmp_path / "link.safetensors"
     link.symlink_to(source)
     for target in (source, link):
-        with pytest.raises(InputError, match="the input itself"):
+        with pytest.raises(InputError, match="an input of this run"):
             hswq.quantize_checkpoint(source, target, tiny.config())
     assert source.read_bytes() == tiny.checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("output", "save_stats"),
+    [
+        ("stats", None),
+        ("text_encoder", None),
+        ("new", "checkpoint"),
+        ("new", "new"),
+    ],
+)
+def test_output_over_any_file_of_the_run(
+    tiny: Tiny, tmp_path: Path, output: str, save_stats: str | None
+) -> None:
+    """Statistics, text encoders and the checkpoint itself must survive a mixed-up flag."""
+    paths = {
+        "checkpoint": tiny.checkpoint,
+        "stats": tiny.stats,
+        "text_encoder": tiny.pipeline / "text_encoder" / "model.safetensors",
+        "new": tmp_path / "new.safetensors",
+    }
+    before = {name: path.read_bytes() for name, path in paths.items() if path.exists()}
+    config = (
+        tiny.config()
+        if save_stats is None
+        else tiny.config(stats=None, save_stats=str(paths[save_stats]))
+    )
+    with pytest.raises(InputError, match="of this run"):
+        hswq.quantize_checkpoint(tiny.checkpoint, paths[output], config)
+    assert {name: path.read_bytes() for name, path in paths.items() if path.exists()} == before
+
+
+def test_tensor_of_another_shape_than_the_statistics_know(
+    tiny: Tiny, tmp_path: Path, output: Path
+) -> None:
+    """A bias cut short must not slip through because the stored map knows its name."""
+    tensors = load_file(tiny.checkpoint)
+    name = "model.diffusion_model.out.2.bias"
+    tensors[name] = tensors[name][:2].clone()
+    source = tmp_path / "cut.safetensors"
+    save_file(tensors, source)
+    refuse(source, output, tiny.config(), InputError, r"out\.2\.bias")
+
+
+def test_non_finite_weight_is_named_before_sampling(
+    tiny: Tiny, tmp_path: Path, output: Path
+) -> None:
+    """Without given statistics too, and for a bias: not after an hour of sampling NaN."""
+    for name in ("model.diffusion_model.out.2.weight", "model.diffusion_model.out.2.bias"):
+        tensors = load_file(tiny.checkpoint)
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[1] = float("nan")
+        source = tmp_path / "bad.safetensors"
+        save_file(tensors, source)
+        refuse(source, output, tiny.config(stats=None), InputError, f"{name}.*NaN or Inf")
+        calibration = tiny.calibration
+        calibration.fingerprint = None
+        with pytest.raises(InputError, match=f"{name}.*NaN or Inf"):
+            hswq.quantize_checkpoint(
+                source, output, tiny.config(stats=None, keep_ratio=0.0), calibration
+            )
+        assert_untouched(output)
+
+
+def test_wrong_pattern_is_told_before_sampling(tiny: Tiny, output: Path) -> None:
+    """A misspelt pattern costs a second, not the calibration."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("the sampler ran")
+
+    config = tiny.config(stats=None, keep=("no such layer",))
+    with pytest.raises(PlanError, match="no such layer"):
+        hswq.quantize_checkpoint(tiny.checkpoint, output, config, progress=never)
+    assert_untouched(output)
 
 
 def test_output_folder_missing_or_name_wrong(tiny: Tiny, tmp_path: Path) -> None:

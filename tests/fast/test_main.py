@@ -149,6 +149,17 @@ def test_summary_plan_and_inspect_tell_the_same(
         assert word in capsys.readouterr().out
 
 
+def test_calibrate_never_overwrites_its_input(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One mixed-up path must not turn a checkpoint into statistics."""
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.write_bytes(tiny.checkpoint.read_bytes())
+    assert main(["calibrate", "--input", str(checkpoint), "--output", str(checkpoint)]) == 1
+    assert "an input of this run" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == tiny.checkpoint.read_bytes()
+
+
 def test_backends_lists_every_backend_with_reason(capsys: pytest.CaptureFixture[str]) -> None:
     """A user must see why the quick backend is not used."""
     assert main(["backends", "--json"]) == 0

@@ -102,6 +102,7 @@ def test_quantize_pattern_for_what_the_container_cannot_hold_is_refused() -> Non
         {"scaled": True, "container": "plain"},
         {"container": "legacy"},
         {"keep": ("(",)},
+        {"keep": "out"},
         {"stats": "a", "save_stats": "b"},
         {"embeddings": "a", "calib_file": "b"},
     ],
