@@ -39,4 +39,4 @@ test-slow: dev
 	$(BIN)/python -m pytest -m slow --require-backends reference,cpp
 
 clean:
-	rm -rf build dist *.egg-info demo $(VENV)
+	rm -rf build dist *.egg-info demo hswq/kernels/_cpp*.so $(VENV)

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = make_parser().parse_args(argv)
-    level = logging.DEBUG if arguments.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    # Only hswq's own lines: other libraries tell their own users.
+    logging.getLogger("hswq").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     # A terminated run cleans up like an interrupted one.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
