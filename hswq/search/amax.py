@@ -31,8 +31,13 @@ class AmaxResult:
 
     @property
     def scale(self) -> float:
-        """float32(amax / 448), the scale of V2; 1 where that is 0 and every code will be 0."""
-        return float(torch.tensor(self.amax / E4M3_MAX, dtype=torch.float32)) or 1.0
+        """float32(amax / 448), the scale of V2, at least 2^-126; 1 for an all-zero weight.
+
+        A smaller scale would be subnormal: rounded coarsely here, and 0 to readers that flush.
+        """
+        if self.amax == 0.0:
+            return 1.0
+        return float(torch.tensor(max(self.amax / E4M3_MAX, 2.0**-126), dtype=torch.float32))
 
     @property
     def relative_mse(self) -> float:

@@ -87,11 +87,11 @@ def test_all_zero_weight_has_amax_zero_and_scale_one() -> None:
     assert (result.amax, result.mse, result.scale, result.relative_mse) == (0.0, 0.0, 1.0, 0.0)
 
 
-def test_weight_too_small_for_a_scale_becomes_zero() -> None:
-    """2^-149 / 448 is no float32: a scale of 0 would divide by zero, so codes are 0 and scale 1."""
+def test_scale_is_never_subnormal() -> None:
+    """2^-149 / 448 is no float32: a scale of 0 would divide by zero, a subnormal one is coarse."""
     weight = torch.full((2, 2), 2.0**-149)
     result = hswq.search_amax(weight, scaled=True)
-    assert result.scale == 1.0
+    assert result.scale == 2.0**-126
     assert not kernels.quantize_e4m3(weight, result.amax, result.scale).any()
 
 
