@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hswq.errors import FormatError, InputError
+from hswq.formats.dtypes import DTYPE_NAMES
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 MAX_PROMPT_CHARACTERS = 10_000
 
 _SHIPPED_PROMPTS = Path(__file__).with_name("prompts.txt")
-_DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _RANKS = {
     "prompt_embeds": "[N, T, C]",
     "pooled_prompt_embeds": "[N, P]",
@@ -101,7 +102,7 @@ class Embeddings:
     def __post_init__(self) -> None:
         tensors = self.tensors()
         for key, tensor in tensors.items():
-            if tensor.dtype not in _DTYPE_NAMES:
+            if tensor.dtype not in _DTYPES:
                 raise InputError(
                     f"{key!r} is {tensor.dtype}; float16, bfloat16 or float32 is needed."
                 )
@@ -180,7 +181,7 @@ def save_embeddings(path: str | os.PathLike[str], embeddings: Embeddings) -> Non
     """Write prompt embeddings to a safetensors file that `load_embeddings` reads."""
     tensors = embeddings.tensors()
     specs = [
-        TensorSpec(key, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        TensorSpec(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         for key, tensor in tensors.items()
     ]
     with CheckpointWriter(path, specs, metadata_bytes=0) as writer:

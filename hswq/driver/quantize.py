@@ -103,7 +103,8 @@ def plan_checkpoint(
         for done, (info, weight) in enumerate(_read_ahead(job, wanted)):
             results[info.name] = job.search(info.name, weight)
             progress("search", done + 1, len(wanted))
-        return job.plan(results, CheckpointWriter("plan", job.specs, job.metadata_bytes).file_bytes)
+        size = CheckpointWriter.predict_file_bytes(job.specs, job.metadata_bytes)
+        return job.plan(results, size)
 
 
 def _prepare(
@@ -191,6 +192,8 @@ def _write_tensors(
                 writer.write(key, weight)
         else:
             with watch.phase("search"):
+                # Once, for search and rounding both.
+                weight = weight.to(job.device)
                 results[key] = job.search(key, weight)
             with watch.phase("quantize"):
                 codes = job.encode(key, weight, results[key])
