@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -80,14 +81,9 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "hswq.kernels._cpp",
-            sources=["csrc/bindings.cpp", "csrc/dispatch.cpp"],
-            depends=[
-                "csrc/dispatch.h",
-                "csrc/e4m3.h",
-                "csrc/kernels.h",
-                "csrc/kernels.inl",
-                "csrc/parallel.h",
-            ],
+            sources=[name for name in sorted(glob("csrc/*.cpp")) if "/isa_" not in name],
+            # Changed flags rebuild too.
+            depends=["setup.py", *sorted(glob("csrc/*.h")), *sorted(glob("csrc/*.inl"))],
             define_macros=[("HSWQ_X86", "1")] if IS_X86 else [],
             extra_compile_args=flags,
             extra_link_args=["-pthread"],

@@ -1,4 +1,4 @@
-// The Python module hswq.kernels._cpp: the operations of dispatch.h, with addresses as integers.
+// The Python module hswq.kernels._cpp: the operations of ops.h, with addresses as integers.
 // hswq/kernels/cpp_backend.py is its only caller; it owns every buffer and checks sizes and dtypes.
 
 #include <pybind11/pybind11.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "ops.h"
 
 namespace py = pybind11;
 

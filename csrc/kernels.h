@@ -1,8 +1,8 @@
 // The C++ face of the contract: one table of function pointers, filled once per instruction set.
 //
 // Each function works on one block on the calling thread, allocates nothing and throws nothing.
-// dispatch.cpp chooses the table, cuts the blocks and runs them on threads. Pointers need the
-// alignment of their element type only; inputs may alias each other, never an output.
+// dispatch.cpp chooses the table; the ops (ops.h) cut the blocks and run them on threads. Pointers
+// need the alignment of their element type only; inputs may alias each other, never an output.
 #ifndef HSWQ_KERNELS_H_
 #define HSWQ_KERNELS_H_
 
@@ -63,7 +63,7 @@ struct Kernels {
   void (*prepare_clip)(ClipHistogram* histogram);
 
   // Returns J = sum H(b) * (q(x_b) - x_b)^2, q(x) = u * round(min(x, limit) / u), from the sums
-  // above: one visit per codepoint. Error at most 2^-43 * power, see kernels.inl.
+  // above: one visit per codepoint. Error at most 2^-43 * power, see search.inl.
   double (*rank_clip)(const ClipHistogram& histogram, double unit, double limit);
 
   // Returns J by its definition, term by term, summed by the halving tree: bit for bit what the

@@ -24,7 +24,7 @@ from tests.conftest import required_backends
 from tests.kernels.cases import DTYPES, all_patterns, normal
 
 ROOT = Path(__file__).parents[2]
-# Elements that one thread takes at a time (csrc/dispatch.cpp).
+# Elements that one thread takes at a time (csrc/blocks.h).
 BLOCK = 1 << 15
 
 

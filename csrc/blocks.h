@@ -1,0 +1,42 @@
+// Cutting work into blocks of fixed size.
+#ifndef HSWQ_BLOCKS_H_
+#define HSWQ_BLOCKS_H_
+
+#include <algorithm>
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace hswq {
+
+// Elements of one block: small enough for a second pass to find it in the cache, large enough for
+// the work to outweigh a thread's start.
+constexpr size_t kBlock = size_t{1} << 15;
+
+inline size_t BlockCount(size_t count) { return (count + kBlock - 1) / kBlock; }
+
+inline size_t ElementSize(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline const void* Advance(const void* elements, DType dtype, size_t count) {
+  return static_cast<const char*>(elements) + count * ElementSize(dtype);
+}
+
+inline void* Advance(void* elements, DType dtype, size_t count) {
+  return static_cast<char*>(elements) + count * ElementSize(dtype);
+}
+
+// Cuts block `block` of `count` elements at the ends of rows: calls piece(begin, length, row).
+template <typename Piece>
+void ForEachRowPiece(size_t block, size_t count, size_t row_size, const Piece& piece) {
+  const size_t end = std::min(count, (block + 1) * kBlock);
+  for (size_t begin = block * kBlock; begin < end;) {
+    const size_t row = begin / row_size;
+    const size_t length = std::min(end, (row + 1) * row_size) - begin;
+    piece(begin, length, row);
+    begin += length;
+  }
+}
+
+}  // namespace hswq
+
+#endif  // HSWQ_BLOCKS_H_

@@ -1,0 +1,67 @@
+// The operations: each picks the kernels of this CPU, cuts its work into fixed blocks and runs them
+// on threads. Results do not depend on `threads` or the instruction set. Names and meaning are
+// those of hswq.kernels; inputs have been checked there. Arrays are dense and row-major.
+#ifndef HSWQ_OPS_H_
+#define HSWQ_OPS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace hswq {
+
+// codes[r][i] = encode(clamp(w[r][i], -amax[r], amax[r]) / scale[r]); amax and scale hold `rows`
+// values. Kernels::quantize_e4m3 states the ranges.
+void QuantizeE4m3(DType dtype, const void* weights, size_t rows, size_t row_size, const float* amax,
+                  const float* scale, size_t threads, uint8_t* codes);
+
+// values[r][i] = cast(decode(codes[r][i]) * scale[r]); scale holds `rows` values.
+void DequantizeE4m3(const uint8_t* codes, size_t rows, size_t row_size, const float* scale,
+                    DType dtype, size_t threads, void* values);
+
+// Sums the importance of the weights in each of `bins` equal bins on [0, max|w|] and divides by the
+// total. weights is [rows, row_size]; importance is null (every weight counts 1) or fixed-point
+// [groups, row_size] for `groups` equal blocks of rows, whose sums over all weights fit int64 and
+// exceed 0. hist receives `bins` values. Returns max|w|; where weights hold NaN or Inf, it and hist
+// are NaN. rows, row_size, groups, bins >= 1; bins <= 2^30.
+float WeightedHistogram(DType dtype, const void* weights, size_t rows, size_t row_size,
+                        const int64_t* importance, size_t groups, size_t bins, size_t threads,
+                        double* hist);
+
+// mse[i] = J(candidates[i]) by sums over codepoints, within 2^-43 * sum H x^2 of the definition.
+void ClipMse(const double* hist, size_t bins, float max_abs, const float* candidates, size_t count,
+             bool scaled, double* mse);
+
+// Runs the coarse-to-fine search on each of `layers` histograms [layers, bins] with max_abs
+// [layers]; fills amax and mse [layers]. candidates >= 2. A max_abs of 0 gives 0, NaN gives NaN.
+void SearchAmax(const double* hists, size_t layers, size_t bins, const float* max_abs, bool scaled,
+                size_t candidates, size_t refinements, size_t threads, float* amax, double* mse);
+
+// sums receives count, sum v and sum v^2.
+void Moments(DType dtype, const void* values, size_t count, size_t threads, double* sums);
+
+// means[c] = mean |x[:, c, :]| of x [outer, channels, inner]; NaN where that is empty.
+void ChannelAbsMean(DType dtype, const void* values, size_t outer, size_t channels, size_t inner,
+                    size_t threads, double* means);
+
+// The accumulators of hswq.kernels.MonitorAccumulators: one value each, two, two, and one a
+// channel.
+struct MonitorSums {
+  int64_t* calls;
+  int64_t* skipped;
+  int64_t* mean_y;
+  int64_t* mean_y2;
+  int64_t* abs_mean;
+};
+
+// Reduces x [outer, channels, inner] to abs_mean [channels], unless abs_mean is given already, and
+// y to its mean and mean square, and adds all three to the accumulators in fixed point. A call with
+// a value that is not finite or out of range only adds 1 to skipped.
+void Monitor(DType x_dtype, const void* x, size_t outer, size_t channels, size_t inner,
+             DType y_dtype, const void* y, size_t y_count, bool has_abs_mean, size_t threads,
+             const MonitorSums& sums, double* abs_mean);
+
+}  // namespace hswq
+
+#endif  // HSWQ_OPS_H_
