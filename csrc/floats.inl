@@ -2,25 +2,11 @@
 #ifndef HSWQ_FLOATS_INL_
 #define HSWQ_FLOATS_INL_
 
-#include <cstring>
-
 #include "e4m3.h"
 #include "kernels.h"
 
 namespace hswq {
 namespace {
-
-inline uint32_t BitsOf(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float FloatOf(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 struct Float16 {
   using Storage = uint16_t;

@@ -40,6 +40,11 @@ struct Kernels {
   void (*quantize_e4m3)(DType dtype, const void* weights, size_t count, float amax, float scale,
                         uint8_t* codes);
 
+  // codes[i] = table[bits of w[i]] for 16-bit floats of either kind; table holds what
+  // quantize_e4m3 gives for each of the 2^16 bit patterns.
+  void (*look_up_codes)(const uint16_t* weights, size_t count, const uint8_t* table,
+                        uint8_t* codes);
+
   // values[i] = cast(decode(codes[i]) * scale), the product in float32, the cast to nearest even.
   void (*dequantize_e4m3)(const uint8_t* codes, size_t count, float scale, DType dtype,
                           void* values);

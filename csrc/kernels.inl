@@ -17,6 +17,7 @@ constexpr Kernels MakeKernels(const char* isa) {
   Kernels kernels{};
   kernels.isa = isa;
   kernels.quantize_e4m3 = QuantizeE4m3;
+  kernels.look_up_codes = LookUpCodes;
   kernels.dequantize_e4m3 = DequantizeE4m3;
   kernels.max_abs = MaxAbs;
   kernels.magnitude_histogram = MagnitudeHistogram;
