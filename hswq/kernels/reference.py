@@ -365,7 +365,7 @@ def scaled_matmul(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if compute == "fp8":
-        values, input_scales = _quantize_rows(rows, input_scale)
+        values, input_scales = quantize_rows(rows, input_scale)
         product = functional.linear(values, decode(codes)) * input_scales
     else:
         # Products of 16-bit values and codepoints are exact in float32.
@@ -373,7 +373,7 @@ def scaled_matmul(
     product = product * scale
     if bias is not None:
         product = product + bias.float()
-    return _activate(product, activation).to(x.dtype).reshape(*x.shape[:-1], len(codes))
+    return activate(product, activation).to(x.dtype).reshape(*x.shape[:-1], len(codes))
 
 
 def scaled_conv2d(
@@ -390,7 +390,7 @@ def scaled_conv2d(
     activation: str | None,
 ) -> Tensor:
     if compute == "fp8":
-        images, input_scales = _quantize_rows(x.reshape(len(x), -1), input_scale)
+        images, input_scales = quantize_rows(x.reshape(len(x), -1), input_scale)
         values, input_scales = images.reshape(x.shape), input_scales[..., None, None]
     else:
         values, input_scales = x.to(COMPUTE[compute]).float(), None
@@ -400,11 +400,16 @@ def scaled_conv2d(
     product = product * (scale if scale.dim() == 0 else scale[:, None, None])
     if bias is not None:
         product = product + bias.float()[:, None, None]
-    return _activate(product, activation).to(x.dtype)
+    return activate(product, activation).to(x.dtype)
 
 
-def _quantize_rows(rows: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return codepoint values [M, K] of the rows and their scale [M, 1] (or [1, 1] if static)."""
+def quantize_rows(rows: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Round activations for compute fp8.
+
+    Returns:
+        Codepoint values float32 [M, K] of the rows [M, K], and their scales [M, 1], or [1, 1] where
+        input_scale is given.
+    """
     rows = rows.float()
     if input_scale is None:
         largest = rows.abs().amax(1, keepdim=True)
@@ -415,7 +420,8 @@ def _quantize_rows(rows: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Te
     return decode(encode(rows / input_scales)), input_scales
 
 
-def _activate(values: Tensor, activation: str | None) -> Tensor:
+def activate(values: Tensor, activation: str | None) -> Tensor:
+    """Apply one of the contract's activation functions."""
     if activation is None:
         return values
     if activation == "silu":
