@@ -76,6 +76,7 @@ def test_flag_names_of_the_seed_work() -> None:
         ["--keep-ratio", "many"],
         ["--container", "zip"],
         ["--scaled", "--container", "plain"],
+        ["--stats", "s.safetensors", "--steps", "3"],
         ["--no-such-flag"],
     ],
 )
@@ -90,6 +91,42 @@ def test_wrong_usage_exits_with_two(
         code = int(stop.code or 0)
     assert code == 2
     assert "--" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_sampling_options_with_given_statistics_are_refused_by_name(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is sampled: who asks for other prompts or steps would get a file without them."""
+    sampling = {
+        "--samples": ["3"],
+        "--steps": ["3"],
+        "--latent": ["64"],
+        "--guidance": ["1"],
+        "--seed": ["1"],
+        "--calib-file": ["p.txt"],
+        "--embeddings": ["e.safetensors"],
+        "--allow-download": [],
+        "--calib-dtype": ["bf16"],
+    }
+    arguments = [command, "--input", "x", "--stats", "s.safetensors"]
+    if command == "quantize":
+        arguments += ["--output", str(tmp_path / "o.safetensors")]
+    for flag, values in sampling.items():
+        assert main([*arguments, flag, *values]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("OptionError: ")
+        assert {found for found in sampling if found in error} == {flag}
+    assert main([*arguments, "--steps", "3", "--guidance", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--steps" in error
+    assert "--guidance" in error
+
+
+def test_options_that_conversion_reads_go_with_given_statistics() -> None:
+    """The folder describes the model, and device and backend run the search."""
+    config = parse("--stats", "s", "--pipeline", "p", "--device", "cpu", "--backend", "reference")
+    assert config.stats == "s"
 
 
 def test_refused_input_exits_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
