@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(EscapingFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
     # Only hswq's own lines: other libraries tell their own users.
-    logging.getLogger("hswq").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
+    ours = logging.getLogger("hswq")
+    level = ours.level
+    ours.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     # A terminated run cleans up like an interrupted one.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_INTERNAL)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        ours.setLevel(level)
     return 0
 
 

@@ -303,3 +303,46 @@ def test_errors_and_log_lines_print_no_control_characters(
     assert "WARNING hswq.test: layer" in shown
     assert "\nand more" in shown
     assert all(character.isprintable() for character in shown.replace("\n", ""))
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]])
+def test_main_leaves_the_logger_as_it_was(tmp_path: Path, verbose: list[str]) -> None:
+    """A program that calls main would lose, or gain, hswq's log lines from then on."""
+    logger = logging.getLogger("hswq")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        assert main(["inspect", str(tmp_path / "no"), *verbose]) == 1
+        assert logger.level == logging.ERROR
+    finally:
+        logger.setLevel(before)
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"], ["--verbose"]])
+@pytest.mark.parametrize(("failure", "code"), [("option", 2), ("input", 1), ("bug", 4)])
+def test_failing_run_with_json_prints_nothing_on_stdout(
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: list[str],
+    failure: str,
+    code: int,
+) -> None:
+    """Half a document, or text among it, would break the program that reads the output."""
+    arguments = [*quantize_arguments(tiny, tmp_path / "o.safetensors"), "--json", *quiet]
+    if failure == "option":
+        arguments += ["--keep", "("]
+    elif failure == "input":
+        arguments += ["--keep", "no such layer"]
+    else:
+        from hswq.driver import quantize
+
+        # As late as can be: everything but the last step was done.
+        monkeypatch.setattr(quantize, "verify_output", lambda *_: 1 // 0)
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    kind = {2: "OptionError: ", 1: "PlanError: ", 4: "ZeroDivisionError: "}[code]
+    assert any(line.startswith(kind) for line in captured.err.splitlines())
+    assert not list(tmp_path.iterdir())
