@@ -17,6 +17,8 @@ from hswq.errors import OptionError
 
 SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
 DEFAULT_KEEP_RATIO = 0.10
+# Group of the options that only the sampler reads: given statistics exclude them.
+SAMPLING = "sampling"
 
 
 def option(
@@ -68,7 +70,7 @@ class CalibrationConfig:
     """
 
     samples: int = option(
-        32, "prompts to sample", minimum=1, aliases=("--num_calib_samples",), group="calibration"
+        32, "prompts to sample", minimum=1, aliases=("--num_calib_samples",), group=SAMPLING
     )
     steps: int = option(
         25,
@@ -76,36 +78,36 @@ class CalibrationConfig:
         minimum=1,
         maximum=1000,
         aliases=("--num_inference_steps",),
-        group="calibration",
+        group=SAMPLING,
     )
     latent: int = option(
-        128, "edge of the square latent (SDXL: 128 is 1024 pixels)", minimum=4, group="calibration"
+        128, "edge of the square latent (SDXL: 128 is 1024 pixels)", minimum=4, group=SAMPLING
     )
     guidance: float = option(
         5.0,
         "classifier-free guidance scale; at most 1 runs without it",
         minimum=0.0,
-        group="calibration",
+        group=SAMPLING,
     )
     seed: int = option(
         0,
         "seed of the first sample; sample i starts from seed + i",
         minimum=0,
         maximum=2**62,
-        group="calibration",
+        group=SAMPLING,
     )
     calib_file: str | None = option(
         None,
         "text file, one prompt a line (default: 128 prompts that hswq ships)",
         metavar="FILE",
         aliases=("--calib_file",),
-        group="calibration",
+        group=SAMPLING,
     )
     embeddings: str | None = option(
         None,
         "safetensors file of prompt embeddings; no text encoder is loaded",
         metavar="FILE",
-        group="calibration",
+        group=SAMPLING,
     )
     pipeline: str | None = option(
         None,
@@ -115,13 +117,13 @@ class CalibrationConfig:
         group="calibration",
     )
     allow_download: bool = option(
-        False, "let missing components be fetched from the model hub", group="calibration"
+        False, "let missing components be fetched from the model hub", group=SAMPLING
     )
     calib_dtype: str = option(
         "auto",
         "dtype the denoiser runs in; auto: float32 on the CPU, the file's own on a GPU",
         choices=("auto", "fp32", "bf16", "fp16"),
-        group="calibration",
+        group=SAMPLING,
     )
     device: str = option(
         "auto", "where to compute", choices=("auto", "cpu", "cuda"), group="compute"
@@ -243,9 +245,23 @@ class QuantizeConfig(CalibrationConfig):
                     raise OptionError(
                         f"{flag} {pattern!r} is not a regular expression: {error}."
                     ) from error
-        if self.stats is not None and self.save_stats is not None:
+        if self.stats is not None:
+            self._check_nothing_is_sampled()
+
+    def _check_nothing_is_sampled(self) -> None:
+        if self.save_stats is not None:
             raise OptionError(
                 "--stats and --save-stats exclude each other: nothing new is measured."
+            )
+        given = [
+            "--" + spec.name.replace("_", "-")
+            for spec in dataclasses.fields(self)
+            if spec.metadata["group"] == SAMPLING and getattr(self, spec.name) != spec.default
+        ]
+        if given:
+            raise OptionError(
+                f"--stats gives the statistics, so that nothing is sampled, and {', '.join(given)} "
+                "would have no effect: drop that, or --stats."
             )
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from hswq.calibration import Calibration, is_statistics
 from hswq.errors import FormatError, InputError
 from hswq.formats.containers import detect_container, quantized_weights
-from hswq.formats.reader import Checkpoint
+from hswq.formats.reader import Checkpoint, is_index
 from hswq.models.detect import detect
 from hswq.plan import Plan
 
@@ -28,7 +28,7 @@ def inspect_path(path: str | os.PathLike[str]) -> dict[str, Any]:
         FormatError: the file is damaged.
     """
     target = Path(path)
-    if target.suffix == ".json" and not target.name.endswith(".index.json"):
+    if target.suffix == ".json" and not is_index(target):
         return _describe_plan(target)
     with Checkpoint.open(target) as checkpoint:
         if is_statistics(checkpoint):

@@ -106,13 +106,16 @@ class Job:
                 "the checkpoint is damaged or its dtype overflowed: export it again."
             )
 
+    def scale(self, key: str, result: AmaxResult) -> float:
+        """Return the scale that one FP8 layer is rounded and stored with; V1: 1.0."""
+        return result.scale if self.layers[key].scaled else 1.0
+
     def encode(self, key: str, weight: Tensor, result: AmaxResult) -> Tensor:
         """Round one weight to codepoints; V1 ignores the searched amax, which could only harm."""
-        scaled = self.layers[key].scaled
         return kernels.quantize_e4m3(
             weight.to(self.device),
-            result.amax if scaled else E4M3_MAX,
-            result.scale if scaled else 1.0,
+            result.amax if self.layers[key].scaled else E4M3_MAX,
+            self.scale(key, result),
             backend=self.config.backend,
         ).cpu()
 

@@ -174,6 +174,7 @@ def _write_tensors(
                 job.check_finite(info.name, weight)
                 writer.write(info.name, weight)
                 done += info.nbytes
+                progress("quantize", done, total)
             else:
                 for copied in _copy(job, writer, info):
                     done += copied
@@ -199,7 +200,7 @@ def _write_tensors(
                 codes = job.encode(key, weight, results[key])
             with watch.phase("write"):
                 writer.write(key, codes)
-                scale = results[key].scale if fp8[key].scaled else 1.0
+                scale = job.scale(key, results[key])
                 for name, tensor in extra_tensors(job.config.container, fp8[key], scale).items():
                     writer.write(name, tensor)
         done += info.nbytes

@@ -16,6 +16,7 @@ from hswq.config import CalibrationConfig, QuantizeConfig
 from hswq.errors import BackendError, HswqError, OptionError
 from hswq.fast.arguments import config_from, make_parser
 from hswq.fast.bars import Bars
+from hswq.fast.terminal import EscapingFormatter, escape_lines
 from hswq.progress import Progress, no_progress
 
 EXIT_REFUSED, EXIT_USAGE, EXIT_BACKEND, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -26,9 +27,13 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = make_parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     # Only hswq's own lines: other libraries tell their own users.
-    logging.getLogger("hswq").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
+    ours = logging.getLogger("hswq")
+    level = ours.level
+    ours.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     # A terminated run cleans up like an interrupted one.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -47,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_INTERNAL)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        ours.setLevel(level)
     return 0
 
 
@@ -55,7 +61,7 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(escape_lines(f"{type(error).__name__}: {error}"), file=sys.stderr)
     return code
 
 
@@ -71,7 +77,7 @@ def _show(arguments: argparse.Namespace, data: Any, text: str) -> None:
     if arguments.json:
         print(json.dumps(data, indent=1))
     elif not arguments.quiet:
-        print(text)
+        print(escape_lines(text))
 
 
 def _quantize(arguments: argparse.Namespace) -> None:

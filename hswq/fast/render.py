@@ -7,6 +7,7 @@ from typing import Any
 
 from hswq.driver import Report
 from hswq.driver.demo import DemoResult
+from hswq.fast.terminal import escape
 from hswq.kernels import BackendStatus
 from hswq.plan import Plan
 
@@ -60,7 +61,7 @@ def render_facts(facts: dict[str, Any]) -> str:
             continue
         if isinstance(value, dict):
             lines.append(f"{name}:")
-            lines += [f"  {key}: {_short(entry)}" for key, entry in value.items()]
+            lines += [f"  {escape(key)}: {_short(entry)}" for key, entry in value.items()]
         else:
             shown = gigabytes(value) if name.endswith("_bytes") else _short(value)
             lines.append(f"{name.ljust(width)}  {shown}")
@@ -96,12 +97,13 @@ def _sqnr_range(plan: Plan) -> str:
 
 
 def _short(value: Any) -> str:
+    """Return a fact as text of one line."""
     if isinstance(value, list):
-        shown = ", ".join(map(str, value[:10]))
+        shown = escape(", ".join(map(str, value[:10])))
         return f"{len(value)}: {shown}{', …' if len(value) > 10 else ''}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+        return escape(", ".join(f"{key} {entry}" for key, entry in value.items()))
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.6g}"
     text = str(value)
-    return text if len(text) <= 200 else text[:200] + "…"
+    return escape(text if len(text) <= 200 else text[:200] + "…")

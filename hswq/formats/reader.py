@@ -27,7 +27,7 @@ from hswq.formats.header import (
     read_header,
 )
 
-__all__ = ["Checkpoint", "TensorInfo"]
+__all__ = ["Checkpoint", "TensorInfo", "is_index"]
 
 # One preadv moves at most 2**31 - 4096 bytes on Linux.
 _READ_BYTES = 1 << 30
@@ -85,7 +85,7 @@ class Checkpoint:
         """
         given = Path(path)
         found = _locate(given)
-        if _INDEX.search(found.name):
+        if is_index(found):
             files, tensors, metadata = _read_shards(found)
         else:
             listed, metadata = read_header(found)
@@ -202,6 +202,11 @@ class Checkpoint:
                     "opened. Start again with the whole file."
                 )
             done += count
+
+
+def is_index(path: Path) -> bool:
+    """Tell by its name whether a file is the index of a sharded checkpoint, with variant or not."""
+    return _INDEX.search(path.name) is not None
 
 
 def _locate(path: Path) -> Path:

@@ -252,3 +252,22 @@ def test_calibration_is_deterministic(tiny: Tiny, tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     hswq.calibrate_checkpoint(tiny.checkpoint, tiny_calibration_config(tiny.pipeline)).save(again)
     assert again.read_bytes() == tiny.stats.read_bytes()
+
+
+def test_progress_moves_with_every_tensor(tiny: Tiny, tmp_path: Path) -> None:
+    """The bar stood still while hundreds of norms and biases were copied, and then leapt."""
+    seen: list[tuple[int, int]] = []
+    hswq.quantize_checkpoint(
+        tiny.checkpoint,
+        tmp_path / "out.safetensors",
+        tiny.config(),
+        progress=lambda phase, done, total: seen.append((done, total)),
+    )
+    sizes = [
+        tensor.numel() * tensor.element_size() for tensor in load_file(tiny.checkpoint).values()
+    ]
+    done = [0, *(step for step, _ in seen)]
+    assert sorted(after - before for before, after in zip(done, done[1:], strict=False)) == sorted(
+        sizes
+    )
+    assert {total for _, total in seen} == {sum(sizes)}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hswq.config import CalibrationConfig, QuantizeConfig
+from hswq.errors import InputError
 from hswq.fast.__main__ import main
 from hswq.fast.arguments import config_from, make_parser
 from hswq.fast.bars import Bars
@@ -76,6 +80,7 @@ def test_flag_names_of_the_seed_work() -> None:
         ["--keep-ratio", "many"],
         ["--container", "zip"],
         ["--scaled", "--container", "plain"],
+        ["--stats", "s.safetensors", "--steps", "3"],
         ["--no-such-flag"],
     ],
 )
@@ -90,6 +95,42 @@ def test_wrong_usage_exits_with_two(
         code = int(stop.code or 0)
     assert code == 2
     assert "--" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_sampling_options_with_given_statistics_are_refused_by_name(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is sampled: who asks for other prompts or steps would get a file without them."""
+    sampling = {
+        "--samples": ["3"],
+        "--steps": ["3"],
+        "--latent": ["64"],
+        "--guidance": ["1"],
+        "--seed": ["1"],
+        "--calib-file": ["p.txt"],
+        "--embeddings": ["e.safetensors"],
+        "--allow-download": [],
+        "--calib-dtype": ["bf16"],
+    }
+    arguments = [command, "--input", "x", "--stats", "s.safetensors"]
+    if command == "quantize":
+        arguments += ["--output", str(tmp_path / "o.safetensors")]
+    for flag, values in sampling.items():
+        assert main([*arguments, flag, *values]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("OptionError: ")
+        assert {found for found in sampling if found in error} == {flag}
+    assert main([*arguments, "--steps", "3", "--guidance", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--steps" in error
+    assert "--guidance" in error
+
+
+def test_options_that_conversion_reads_go_with_given_statistics() -> None:
+    """The folder describes the model, and device and backend run the search."""
+    config = parse("--stats", "s", "--pipeline", "p", "--device", "cpu", "--backend", "reference")
+    assert config.stats == "s"
 
 
 def test_refused_input_exits_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,3 +227,122 @@ def test_terminated_run_exits_with_130_and_leaves_nothing(
     assert reached == ["quantize"]
     assert not list(tmp_path.iterdir())
     assert "interrupted" in capsys.readouterr().err
+
+
+def write_sharded(folder: Path, index: str) -> Path:
+    """A checkpoint of one shard and its index, as diffusers names them."""
+    shard = "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+    save_file({"w": torch.ones(2)}, folder / shard)
+    path = folder / index
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {"w": shard}}))
+    return path
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_inspect_knows_an_index_of_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], variant: str
+) -> None:
+    """An index ends in .json as plans do; taken for one, it would be refused as damaged."""
+    path = write_sharded(tmp_path, f"diffusion_pytorch_model.safetensors.index{variant}.json")
+    assert main(["inspect", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["tensors"]) == ("checkpoint", 1)
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b1m\u202e\r\ud800\nfamily  sdxl"
+
+
+def test_inspect_prints_no_control_characters_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A downloaded file's metadata could clear the screen, set its title or forge a line."""
+    path = tmp_path / "x.safetensors"
+    text = HOSTILE.replace("\ud800", "")
+    save_file({f"w{text}": torch.ones(2)}, path, {f"key{text}": f"value{text}"})
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
+    assert r"key\x1b]0;title\x07" in shown
+    assert r"value\x1b]0;title\x07" in shown
+    assert "family  sdxl" not in shown.splitlines()
+    assert main(["inspect", str(path), "--json"]) == 0
+    metadata = json.loads(capsys.readouterr().out)["metadata"]
+    assert metadata[f"key{text}"] == f"value{text}"
+
+
+def test_inspect_shows_a_hostile_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layer names of a stranger's plan are text of theirs too, half surrogate pairs included."""
+    layer = {"name": HOSTILE, "kind": HOSTILE, "shape": [1], "quantized": False}
+    layer |= {"scaled": False, "reason": HOSTILE}
+    plan = {"plan_version": 1, "options": {HOSTILE: HOSTILE}, "source_bytes": 1}
+    plan |= {"predicted_bytes": 1, "layers": [layer]}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert r"\x1b[2J\x9b1m\u202e\r\ud800\nfamily" in shown
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
+
+
+def test_errors_and_log_lines_print_no_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors and warnings quote names from files as well."""
+    from hswq.fast import __main__ as fast
+
+    def refuse(*_: object) -> None:
+        logging.getLogger("hswq.test").warning("layer %s", HOSTILE)
+        raise InputError(f"layer {HOSTILE}\nand more")
+
+    monkeypatch.setitem(fast._COMMANDS, "inspect", refuse)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    assert main(["inspect", "x"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count(r"layer \x1b]0;title\x07\x1b[2J\x9b1m\u202e\r\ud800") == 2
+    assert "WARNING hswq.test: layer" in shown
+    assert "\nand more" in shown
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]])
+def test_main_leaves_the_logger_as_it_was(tmp_path: Path, verbose: list[str]) -> None:
+    """A program that calls main would lose, or gain, hswq's log lines from then on."""
+    logger = logging.getLogger("hswq")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        assert main(["inspect", str(tmp_path / "no"), *verbose]) == 1
+        assert logger.level == logging.ERROR
+    finally:
+        logger.setLevel(before)
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"], ["--verbose"]])
+@pytest.mark.parametrize(("failure", "code"), [("option", 2), ("input", 1), ("bug", 4)])
+def test_failing_run_with_json_prints_nothing_on_stdout(
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: list[str],
+    failure: str,
+    code: int,
+) -> None:
+    """Half a document, or text among it, would break the program that reads the output."""
+    arguments = [*quantize_arguments(tiny, tmp_path / "o.safetensors"), "--json", *quiet]
+    if failure == "option":
+        arguments += ["--keep", "("]
+    elif failure == "input":
+        arguments += ["--keep", "no such layer"]
+    else:
+        from hswq.driver import quantize
+
+        # As late as can be: everything but the last step was done.
+        monkeypatch.setattr(quantize, "verify_output", lambda *_: 1 // 0)
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    kind = {2: "OptionError: ", 1: "PlanError: ", 4: "ZeroDivisionError: "}[code]
+    assert any(line.startswith(kind) for line in captured.err.splitlines())
+    assert not list(tmp_path.iterdir())
