@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from hswq.driver.source import Source
 from hswq.errors import InputError
 from hswq.formats.containers import QuantizedLayer, container_metadata, extra_specs
 from hswq.formats.e4m3 import E4M3_MAX
+from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import TensorSpec
 from hswq.models.map import ModelMap, Unit
 from hswq.plan import Candidate, LayerPlan, Plan, plan_options, select_layers
@@ -90,6 +92,11 @@ class Job:
             name=f"layer {layer.name!r} ({key})",
         )
 
+    def is_denoiser_float(self, info: TensorInfo) -> bool:
+        """Say whether a tensor is one of the denoiser's, in 16 or 32 bit."""
+        prefix = self.source.detection.prefix
+        return info.name.startswith(prefix) and info.dtype in QUANTIZABLE_DTYPES
+
     def check_finite(self, key: str, weight: Tensor) -> None:
         """Refuse a copied tensor of the denoiser that holds NaN or Inf.
 
@@ -98,7 +105,8 @@ class Job:
         Raises:
             InputError: the weight is not finite.
         """
-        if not bool(torch.isfinite(weight).all()):
+        # A sum of squares in float64 is finite where all values are.
+        if not math.isfinite(float(kernels.moments(weight, backend=self.config.backend)[2])):
             layer = self.layers.get(key)
             described = f"tensor {key!r}" if layer is None else f"layer {layer.name!r} ({key})"
             raise InputError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from hswq.driver.job import Job, job_warnings, list_candidates, make_job
 from hswq.driver.paths import check_outputs
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
 from hswq.driver.source import Source, check_statistics, open_source
+from hswq.driver.stream import Piece, Stream
 from hswq.driver.verify import verify_output
 from hswq.formats.containers import extra_tensors, marker_tensors
-from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import CheckpointWriter
 from hswq.plan import Plan, select_layers
 from hswq.progress import Progress, no_progress
@@ -27,6 +26,7 @@ from hswq.search import AmaxResult
 logger = logging.getLogger(__name__)
 
 COPY_CHUNK_BYTES = 32 << 20
+ROUND_CHUNK = 8 << 20
 
 
 def quantize_checkpoint(
@@ -100,9 +100,13 @@ def plan_checkpoint(
         job, _ = _prepare(source, config, calibration, watch, progress)
         wanted = [source.checkpoint.tensors[key] for key, it in job.layers.items() if it.quantized]
         results = {}
-        for done, (info, weight) in enumerate(_read_ahead(job, wanted)):
-            results[info.name] = job.search(info.name, weight)
-            progress("search", done + 1, len(wanted))
+        wanted.sort(key=lambda info: (str(info.path), info.begin))
+        with Stream(source.checkpoint, [Piece.whole(info) for info in wanted]) as stream:
+            for done, loan in enumerate(stream):
+                key = loan.piece.info.name
+                results[key] = job.search(key, loan.tensor)
+                loan.release()
+                progress("search", done + 1, len(wanted))
         size = CheckpointWriter.predict_file_bytes(job.specs, job.metadata_bytes)
         return job.plan(results, size)
 
@@ -138,80 +142,74 @@ def _prepare(
     return job, warnings
 
 
-def _read_ahead(job: Job, wanted: list[TensorInfo]) -> Iterator[tuple[TensorInfo, Tensor]]:
-    """Yield tensors in file order while the next one is read in the background."""
-    ordered = sorted(wanted, key=lambda info: (str(info.path), info.begin))
-    read: Callable[[str], Tensor] = job.source.checkpoint.read
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [pool.submit(read, ordered[0].name)] if ordered else []
-        for info, following in zip(ordered, [*ordered[1:], None], strict=True):
-            current = pending.pop()
-            if following is not None:
-                pending.append(pool.submit(read, following.name))
-            yield info, current.result()
-
-
 def _write_tensors(
     job: Job, writer: CheckpointWriter, watch: Stopwatch, progress: Progress
 ) -> dict[str, AmaxResult]:
-    """Write every tensor of the output; return what the search found, by key."""
+    """Write every tensor of the output; return what the search found, by key.
+
+    The phases read and write are what the work had to wait for them.
+    """
     results: dict[str, AmaxResult] = {}
-    tensors = job.source.checkpoint.tensors
     fp8 = {layer.key: layer for layer in job.quantized_layers}
-    total = sum(info.nbytes for info in tensors.values())
+    pieces = _pieces(job)
+    total = sum(piece.nbytes for piece in pieces)
     done = 0
     for name, tensor in marker_tensors(job.config.container, job.source.detection.prefix).items():
         writer.write(name, tensor)
-    with watch.phase("copy"):
-        for info in tensors.values():
-            if info.name in job.layers:
-                continue
-            if (
-                info.name.startswith(job.source.detection.prefix)
-                and info.torch_dtype.is_floating_point
-            ):
-                weight = job.source.checkpoint.read(info.name)
-                job.check_finite(info.name, weight)
-                writer.write(info.name, weight)
-                done += info.nbytes
-                progress("quantize", done, total)
-            else:
-                for copied in _copy(job, writer, info):
-                    done += copied
-                    progress("quantize", done, total)
-    stream = _read_ahead(job, [tensors[key] for key in job.layers])
-    while True:
-        with watch.phase("read"):
-            item = next(stream, None)
-        if item is None:
-            return results
-        info, weight = item
-        key = info.name
-        if key not in fp8:
-            with watch.phase("copy"):
-                job.check_finite(key, weight)
-                writer.write(key, weight)
-        else:
-            with watch.phase("search"):
-                # Once, for search and rounding both.
-                weight = weight.to(job.device)
-                results[key] = job.search(key, weight)
-            with watch.phase("quantize"):
-                codes = job.encode(key, weight, results[key])
-            with watch.phase("write"):
-                writer.write(key, codes)
+    with Stream(job.source.checkpoint, pieces) as stream:
+        loans = iter(stream)
+        while True:
+            with watch.phase("read"):
+                loan = next(loans, None)
+            if loan is None:
+                break
+            piece, key = loan.piece, loan.piece.info.name
+            if key in fp8:
+                with watch.phase("search"):
+                    # Once, for search and rounding both.
+                    weight = loan.tensor.to(job.device)
+                    results[key] = job.search(key, weight)
+                for start, rows in _row_chunks(weight):
+                    with watch.phase("quantize"):
+                        codes = job.encode(key, rows, results[key])
+                    with watch.phase("write"):
+                        offset = start * codes[0].numel()
+                        stream.behind(writer.write_chunk, key, offset, codes)
+                loan.release()
                 scale = job.scale(key, results[key])
                 for name, tensor in extra_tensors(job.config.container, fp8[key], scale).items():
-                    writer.write(name, tensor)
-        done += info.nbytes
-        progress("quantize", done, total)
+                    stream.behind(writer.write, name, tensor)
+            else:
+                with watch.phase("check"):
+                    if job.is_denoiser_float(piece.info):
+                        job.check_finite(key, loan.tensor)
+                with watch.phase("write"):
+                    stream.behind(writer.write_chunk, key, piece.offset, loan.view)
+                    stream.behind(loan.release)
+            done += piece.nbytes
+            progress("quantize", done, total)
+        with watch.phase("write"):
+            stream.flush()
+    return results
 
 
-def _copy(job: Job, writer: CheckpointWriter, info: TensorInfo) -> Iterator[int]:
-    """Copy one tensor byte for byte in bounded pieces; yield the length of each."""
-    for offset in range(0, info.nbytes, COPY_CHUNK_BYTES):
-        length = min(COPY_CHUNK_BYTES, info.nbytes - offset)
-        writer.write_chunk(
-            info.name, offset, job.source.checkpoint.read_bytes(info.name, offset, length)
-        )
-        yield length
+def _pieces(job: Job) -> list[Piece]:
+    """Return all bytes of the source in file order: the denoiser's tensors whole, others cut."""
+    pieces: list[Piece] = []
+    tensors = job.source.checkpoint.tensors.values()
+    for info in sorted(tensors, key=lambda info: (str(info.path), info.begin)):
+        if job.is_denoiser_float(info):
+            pieces.append(Piece.whole(info))
+        else:
+            pieces += Piece.cut(info, COPY_CHUNK_BYTES)
+    return pieces
+
+
+def _row_chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows of a weight of about ROUND_CHUNK elements together, with the first row's number.
+
+    The allocator keeps blocks of this size for the next call: no fresh pages for every weight.
+    """
+    step = max(1, ROUND_CHUNK // weight[0].numel())
+    for start in range(0, len(weight), step):
+        yield start, weight[start : start + step]

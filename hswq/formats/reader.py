@@ -139,18 +139,22 @@ class Checkpoint:
         """Read `length` bytes of a tensor from byte `offset` of it.
 
         Raises:
-            InputError: no such tensor, or bytes outside of it.
-            FormatError: the file was shortened after it was opened.
+            As `read_into`.
         """
-        info = self._info(name)
-        if not 0 <= offset <= offset + length <= info.nbytes:
-            raise InputError(
-                f"bytes {offset} to {offset + length} of tensor {name!r} in {info.path} were asked "
-                f"for, which has {info.nbytes}."
-            )
+        info = self._checked(name, offset, length)
         buffer = bytearray(length)
         self._fill(memoryview(buffer), info, info.begin + offset)
         return bytes(buffer)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill a writable buffer of bytes from byte `offset` of a tensor.
+
+        Raises:
+            InputError: no such tensor, or bytes outside of it.
+            FormatError: the file was shortened after it was opened.
+        """
+        info = self._checked(name, offset, len(buffer))
+        self._fill(buffer, info, info.begin + offset)
 
     def close(self) -> None:
         """Close the files; reading afterwards is an InputError."""
@@ -175,6 +179,16 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise InputError(f"{self.path} has no tensor {name!r}.") from None
+
+    def _checked(self, name: str, offset: int, length: int) -> TensorInfo:
+        """Return the tensor that holds so many bytes from byte `offset` on."""
+        info = self._info(name)
+        if not 0 <= offset <= offset + length <= info.nbytes:
+            raise InputError(
+                f"bytes {offset} to {offset + length} of tensor {name!r} in {info.path} were asked "
+                f"for, which has {info.nbytes}."
+            )
+        return info
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
