@@ -74,24 +74,24 @@ def linear_shapes() -> dict[tuple[int, int], int]:
     return dict(sorted(shapes.items()))
 
 
+def noise(dtype: torch.dtype, seed: int, deviation: float = 0.02) -> Tensor:
+    """Return normal numbers for a Pool; 0.02 is about the deviation of SDXL's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(_NOISE_NUMEL, generator=generator).mul_(deviation).to(dtype)
+
+
 class Pool:
-    """Normal numbers to cut tensors from, each from memory that no cache holds any more.
+    """Numbers to cut tensors from, each from memory that no cache holds any more.
 
     A checkpoint fits no cache, so a weight that is timed again and again must not lie in one.
 
     Args:
-        dtype: of the tensors.
-        seed: equal seeds, equal tensors.
-        deviation: 0.02 is that of SDXL's weights.
-        numel: size; tensors are taken round and round.
+        values: what the memory is filled with, over and over.
+        numel: elements in the memory; tensors are taken round and round.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, seed: int, deviation: float = 0.02, numel: int = POOL_NUMEL
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(min(numel, _NOISE_NUMEL), generator=generator).mul_(deviation).to(dtype)
-        self._values = noise.repeat(-(-numel // len(noise)))[:numel]
+    def __init__(self, values: Tensor, numel: int = POOL_NUMEL) -> None:
+        self._values = values.repeat(-(-numel // values.numel()))[:numel]
         self._position = 0
 
     def take(self, shape: Sequence[int]) -> Tensor:

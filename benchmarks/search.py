@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import seed_algorithm
-from benchmarks.cases import DTYPES, Pool, sdxl_layers
+from benchmarks.cases import DTYPES, Pool, noise, sdxl_layers
 from benchmarks.record import record
 from benchmarks.timing import Times, add_run_options, in_turn, start_run, summary, time_once
 from hswq import kernels
@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     run = start_run(options.threads)
     shapes = [layer.shape for layer in sdxl_layers()[:: options.layers]]
-    pool = Pool(DTYPES[options.dtype], options.seed)
+    pool = Pool(noise(DTYPES[options.dtype], options.seed))
     widest = max(shape[1] for shape in shapes)
     generator = torch.Generator().manual_seed(options.seed)
     importance = torch.rand(widest, generator=generator) + 0.01
