@@ -1,6 +1,6 @@
 """Histogram and search over SDXL's 794 layers, against the maximum alone and the seed's algorithm.
 
-    python -m benchmarks.search                # all layers; some minutes a round
+    python -m benchmarks.search                # all layers; with the seed some minutes a round
     python -m benchmarks.search --layers 20    # every 20th layer
     python -m benchmarks.search --brute        # the seed's rounding by all distances as well
 
