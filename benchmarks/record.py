@@ -27,7 +27,10 @@ def machine_name() -> str:
 
 
 def commit_name() -> str:
-    """Return the short commit of the tree that is measured, with + where it has changes."""
+    """Return the short commit of the tree that is measured, with + where it has changes.
+
+    The rows that a run has added are none.
+    """
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -35,7 +38,7 @@ def commit_name() -> str:
             ["git", *words], cwd=folder, check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":!results")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
