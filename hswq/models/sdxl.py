@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hswq.errors import InputError
+from hswq.formats.containers import is_quantized
 from hswq.formats.reader import Checkpoint
 from hswq.models.denoiser import load_denoiser
 from hswq.models.detect import Detection
@@ -170,10 +171,17 @@ class _ComponentLoader:
             kind: its class.
             prefix: what its keys start with in a single file.
         Raises:
-            InputError: it is nowhere to be had, or incomplete.
+            InputError: it is nowhere to be had, quantized, or incomplete.
         """
         keys = [key for key in self.checkpoint.tensors if key.startswith(prefix)]
         if keys:
+            found = is_quantized(self.checkpoint, prefix)
+            if found is not None:
+                raise InputError(
+                    f"the {name} of '{self.checkpoint.path}' is quantized ({found}) and cannot be "
+                    "sampled: give a checkpoint whose other components have 16 or 32 bits, or "
+                    "prompt embeddings with --embeddings FILE."
+                )
             return self._finish(self._from_single_file(name, kind, keys))
         for folder in (self.checkpoint.pipeline_dir, self.pipeline_dir):
             if folder is not None and any((folder / name).glob("*.safetensors")):

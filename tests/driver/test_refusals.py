@@ -86,6 +86,31 @@ def test_already_quantized_input(
     refuse(once, output, tiny.config(), InputError, "already quantized")
 
 
+def test_byte_matrices_outside_the_denoiser_are_copied(tiny: Tiny, tmp_path: Path) -> None:
+    """A thumbnail or an 8-bit text encoder is no reason to refuse a 16-bit denoiser."""
+    tensors = load_file(tiny.checkpoint)
+    bytes_ = torch.arange(16, dtype=torch.uint8).reshape(4, 4)
+    tensors |= {"thumbnail": bytes_, "conditioner.lookup.weight": bytes_.clone().view(torch.int8)}
+    source, written = tmp_path / "source.safetensors", tmp_path / "written.safetensors"
+    save_file(tensors, source)
+    hswq.quantize_checkpoint(source, written, tiny.config())
+    found = load_file(written)
+    assert torch.equal(found["thumbnail"], bytes_)
+    assert torch.equal(found["conditioner.lookup.weight"], bytes_.view(torch.int8))
+
+
+def test_one_quantized_layer_of_the_denoiser_is_enough(
+    tiny: Tiny, tmp_path: Path, output: Path
+) -> None:
+    """An int8 layer among 16-bit ones would be copied as if its codes were its values."""
+    tensors = load_file(tiny.checkpoint)
+    name = "model.diffusion_model.out.2.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    source = tmp_path / "int8.safetensors"
+    save_file(tensors, source)
+    refuse(source, output, tiny.config(), InputError, r"already quantized \(1 tensors of I8\)")
+
+
 def test_unknown_architecture(tiny: Tiny, tmp_path: Path, output: Path) -> None:
     """A file of something else is told from a damaged SDXL file."""
     source = tmp_path / "other.safetensors"

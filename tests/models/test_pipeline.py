@@ -235,6 +235,20 @@ def test_text_encoder_that_does_not_fit_its_configuration_is_refused(
         build(single_file, folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_text_encoder_is_not_sampled(edited, configurations, dtype):
+    """Its codes would be taken for values, and the statistics be those of noise."""
+    key = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+
+    def cast(tensors):
+        tensors[key] = tensors[key].to(dtype)
+
+    path = edited(cast)
+    with pytest.raises(InputError, match=r"text_encoder of .* is quantized .*--embeddings FILE"):
+        build(path, configurations)
+    build(path, configurations, embeddings=True)
+
+
 def test_damaged_weights_of_a_folder_are_refused(unet_file, pipeline_dir, tmp_path):
     """safetensors' own traceback would reach the user."""
     folder = tmp_path / "damaged"
