@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +270,41 @@ def test_full_disk(tiny: Tiny, output: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     refuse(tiny.checkpoint, output, tiny.config(), InputError, "space")
+
+
+@pytest.mark.parametrize("conv", ["fp8", "16bit"])
+def test_full_disk_is_told_before_sampling(
+    tiny: Tiny, output: Path, monkeypatch: pytest.MonkeyPatch, conv: str
+) -> None:
+    """An hour of sampling must not end at a disk that could never hold the smallest output."""
+
+    class SamplerRanError(Exception):
+        pass
+
+    def ran(*_: object) -> None:
+        raise SamplerRanError
+
+    tensors = load_file(tiny.checkpoint)
+    smallest = 0
+    for name, tensor in tensors.items():
+        layer = "diffusion_model" in name and tensor.ndim in ((2, 4) if conv == "fp8" else (2,))
+        smallest += tensor.numel() * (1 if layer else tensor.element_size())
+
+    def with_free(free: int, blocks: int = 1 << 30) -> None:
+        found = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
+        monkeypatch.setattr(os, "statvfs", lambda _: found)
+
+    config = tiny.config(stats=None, conv=conv)
+    with_free(smallest)
+    with pytest.raises(InputError, match=r"does not fit on the disk.* at least \d+ bytes.*free"):
+        hswq.quantize_checkpoint(tiny.checkpoint, output, config, progress=ran)
+    assert_untouched(output)
+    # Room for the smallest output with its header; and a file system that does not tell.
+    for free, blocks in ((smallest + 1_000_000, 1 << 30), (0, 0)):
+        with_free(free, blocks)
+        with pytest.raises(SamplerRanError):
+            hswq.quantize_checkpoint(tiny.checkpoint, output, config, progress=ran)
+    assert_untouched(output)
 
 
 def test_empty_prompt_file(tiny: Tiny, tmp_path: Path, output: Path) -> None:
