@@ -16,7 +16,6 @@ from hswq.formats.reader import Checkpoint
 from hswq.models.detect import Detection, denoiser_prefix, detect
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
-from hswq.models.trace import trace_map
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ class Source:
 
     def trace(self, pipeline: str | None) -> ModelMap:
         """Trace which rows of which key feed which module (imports diffusers)."""
+        from hswq.models.trace import trace_map
+
         folder = Path(pipeline) if pipeline is not None else self.checkpoint.pipeline_dir
         return trace_map(self.checkpoint, self.detection, folder)
 
