@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import Tiny
+
 PACKAGE = Path(__file__).parent.parent / "hswq"
 LAYER = {
     "errors": 0,
@@ -69,6 +71,29 @@ def test_importing_hswq_loads_no_torch() -> None:
 def test_driver_loads_no_diffusers() -> None:
     """Converting with given statistics must not pay three seconds for diffusers."""
     code = "import hswq.driver, sys; print({'diffusers', 'transformers'} & set(sys.modules))"
+    assert run_python(code) == "set()"
+
+
+def test_help_loads_no_torch() -> None:
+    """Who asks for help must not wait for torch, nor for the progress bars."""
+    code = (
+        "import sys\nfrom hswq.fast.__main__ import main\n"
+        "try: main(['quantize', '--help'])\n"
+        "except SystemExit: print({'torch', 'numpy', 'tqdm'} & set(sys.modules))"
+    )
+    assert run_python(code).endswith("set()")
+
+
+def test_conversion_with_given_statistics_loads_only_torch(tiny: Tiny, tmp_path: Path) -> None:
+    """The command itself, not only its imports: seconds and half a gigabyte for nothing."""
+    arguments = ["quantize", "--input", str(tiny.checkpoint), "--stats", str(tiny.stats)]
+    arguments += ["--output", str(tmp_path / "out.safetensors"), "--quiet"]
+    heavy = {"diffusers", "transformers", "triton", "safetensors", "accelerate"}
+    unused = {"hswq.models.sdxl", "hswq.models.trace"}
+    code = (
+        f"import sys\nfrom hswq.fast.__main__ import main\nassert main({arguments!r}) == 0\n"
+        f"print({heavy | unused!r} & set(sys.modules))"
+    )
     assert run_python(code) == "set()"
 
 

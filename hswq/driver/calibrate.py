@@ -20,8 +20,6 @@ from hswq.driver.source import Source, open_source
 from hswq.errors import BackendError
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
-from hswq.models.quiet import quiet_libraries
-from hswq.models.sdxl import build_pipeline
 from hswq.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
@@ -70,6 +68,10 @@ def calibrate_checkpoint(
 
 def calibrate_source(source: Source, config: CalibrationConfig, progress: Progress) -> Calibration:
     """Calibrate an open checkpoint; see `calibrate_checkpoint`."""
+    # Runs with given statistics do without the pipeline.
+    from hswq.models.quiet import quiet_libraries
+    from hswq.models.sdxl import build_pipeline
+
     device = resolve_device(config.device)
     # Prompts are read before anything slow, so that a wrong file is told at once.
     conditioning: Embeddings | list[str] = (

@@ -19,7 +19,7 @@ from hswq.errors import InputError
 from hswq.formats.containers import QuantizedLayer, container_metadata, extra_specs
 from hswq.formats.e4m3 import E4M3_MAX
 from hswq.formats.reader import TensorInfo
-from hswq.formats.writer import TensorSpec
+from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.models.map import ModelMap, Unit
 from hswq.plan import Candidate, LayerPlan, Plan, plan_options, select_layers
 from hswq.search import AmaxResult, search_amax
@@ -157,6 +157,25 @@ def list_candidates(
     return candidates
 
 
+def smallest_output_bytes(source: Source, config: QuantizeConfig, model_map: ModelMap) -> int:
+    """Return a lower bound of the output's size that no statistics can change.
+
+    Every layer is FP8 that options and container allow, without scales and metadata.
+
+    Raises:
+        InputError: a layer's weight is of a dtype that cannot be quantized.
+        PlanError: a pattern does not fit the layers.
+    """
+    candidates = [
+        replace(layer, sensitivity=0.0) for layer in list_candidates(source, model_map, None)
+    ]
+    layers = select_layers(candidates, replace(config, keep_ratio=0.0))
+    fp8 = {
+        unit.key for unit, layer in zip(model_map.units(), layers, strict=True) if layer.quantized
+    }
+    return CheckpointWriter.predict_file_bytes(_model_specs(source, fp8), 0)
+
+
 def make_job(
     source: Source,
     config: QuantizeConfig,
@@ -169,14 +188,19 @@ def make_job(
     layers = dict(zip(units, select_layers(candidates, config), strict=True))
     job = Job(source, calibration, config, units, layers, (), 0, device)
     fp8 = {layer.key for layer in job.quantized_layers}
-    specs = [
-        TensorSpec(info.name, "F8_E4M3" if info.name in fp8 else info.dtype, info.shape)
-        for info in source.checkpoint.tensors.values()
-    ]
+    specs = _model_specs(source, fp8)
     specs += extra_specs(config.container, job.quantized_layers, model_map.prefix)
     longest = AmaxResult(_LONGEST_FLOAT, _LONGEST_FLOAT, _LONGEST_FLOAT, 1.0)
     upper_bound = job.metadata(job.plan(dict.fromkeys(fp8, longest), 10**19))
     return replace(job, specs=tuple(specs), metadata_bytes=len(json.dumps(upper_bound).encode()))
+
+
+def _model_specs(source: Source, fp8: set[str]) -> list[TensorSpec]:
+    """Return the specs of the source's own tensors, those of the keys `fp8` in FP8."""
+    return [
+        TensorSpec(info.name, "F8_E4M3" if info.name in fp8 else info.dtype, info.shape)
+        for info in source.checkpoint.tensors.values()
+    ]
 
 
 def job_warnings(job: Job) -> list[str]:

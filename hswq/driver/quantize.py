@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor
 
 from hswq.calibration import Calibration
 from hswq.config import QuantizeConfig
 from hswq.driver.calibrate import calibrate_source, resolve_device
-from hswq.driver.job import Job, job_warnings, list_candidates, make_job
+from hswq.driver.job import Job, job_warnings, make_job, smallest_output_bytes
 from hswq.driver.paths import check_outputs
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
 from hswq.driver.source import Source, check_statistics, open_source
 from hswq.driver.stream import Piece, Stream
 from hswq.driver.verify import verify_output
 from hswq.formats.containers import extra_tensors, marker_tensors
-from hswq.formats.writer import CheckpointWriter
-from hswq.plan import Plan, select_layers
+from hswq.formats.writer import CheckpointWriter, check_room
+from hswq.plan import Plan
 from hswq.progress import Progress, no_progress
 from hswq.search import AmaxResult
 
@@ -59,7 +60,7 @@ def quantize_checkpoint(
     watch = Stopwatch()
     target, *_ = check_outputs(src, config, dst, config.save_stats)
     with open_source(src) as source:
-        job, warnings = _prepare(source, config, calibration, watch, progress)
+        job, warnings = _prepare(source, config, calibration, watch, progress, target)
         with CheckpointWriter(target, job.specs, job.metadata_bytes) as writer:
             results = _write_tensors(job, writer, watch, progress)
             plan = job.plan(results, writer.file_bytes)
@@ -117,8 +118,9 @@ def _prepare(
     calibration: Calibration | None,
     watch: Stopwatch,
     progress: Progress,
+    target: Path | None = None,
 ) -> tuple[Job, list[str]]:
-    """Gather statistics, map and plan of an open source."""
+    """Gather statistics, map and plan of an open source; `target` is the file to be written."""
     device = resolve_device(config.device)
     where = "the statistics given"
     if calibration is None and config.stats is not None:
@@ -126,8 +128,10 @@ def _prepare(
         with watch.phase("statistics"):
             calibration = Calibration.load(config.stats)
     if calibration is None:
-        # A wrong pattern or dtype is told before the sampler runs for an hour.
-        select_layers(list_candidates(source, source.trace(config.pipeline), None), config)
+        # A wrong pattern or dtype, or a full disk, is told before the sampler runs for an hour.
+        least_bytes = smallest_output_bytes(source, config, source.trace(config.pipeline))
+        if target is not None:
+            check_room(target, least_bytes)
         with watch.phase("calibrate"):
             calibration = calibrate_source(source, config, progress)
             if config.save_stats is not None:

@@ -13,10 +13,9 @@ from hswq.calibration import Calibration
 from hswq.errors import InputError
 from hswq.formats.containers import is_quantized
 from hswq.formats.reader import Checkpoint
-from hswq.models.detect import Detection, detect
+from hswq.models.detect import Detection, denoiser_prefix, detect
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
-from hswq.models.trace import trace_map
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ class Source:
 
     def trace(self, pipeline: str | None) -> ModelMap:
         """Trace which rows of which key feed which module (imports diffusers)."""
+        from hswq.models.trace import trace_map
+
         folder = Path(pipeline) if pipeline is not None else self.checkpoint.pipeline_dir
         return trace_map(self.checkpoint, self.detection, folder)
 
@@ -56,7 +57,7 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
         FormatError: the file is damaged or no safetensors file.
     """
     with Checkpoint.open(path) as checkpoint:
-        found = is_quantized(checkpoint)
+        found = is_quantized(checkpoint, denoiser_prefix(checkpoint))
         if found is not None:
             raise InputError(
                 f"{path} is already quantized ({found}); quantizing twice only loses quality: "

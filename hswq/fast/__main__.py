@@ -15,7 +15,6 @@ from typing import Any, NoReturn, cast
 from hswq.config import CalibrationConfig, QuantizeConfig
 from hswq.errors import BackendError, HswqError, OptionError
 from hswq.fast.arguments import config_from, make_parser
-from hswq.fast.bars import Bars
 from hswq.fast.terminal import EscapingFormatter, escape_lines
 from hswq.progress import Progress, no_progress
 
@@ -68,6 +67,8 @@ def _fail(error: BaseException, code: int) -> int:
 def _with_bars(arguments: argparse.Namespace, work: Callable[[Progress], Any]) -> Any:
     if arguments.quiet:
         return work(no_progress)
+    from hswq.fast.bars import Bars
+
     with closing(Bars()) as bars:
         return work(bars)
 

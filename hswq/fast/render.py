@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hswq.driver import Report
-from hswq.driver.demo import DemoResult
 from hswq.fast.terminal import escape
-from hswq.kernels import BackendStatus
-from hswq.plan import Plan
+
+if TYPE_CHECKING:
+    from hswq.driver import Report
+    from hswq.driver.demo import DemoResult
+    from hswq.kernels import BackendStatus
+    from hswq.plan import Plan
 
 
 def gigabytes(size: float) -> str:

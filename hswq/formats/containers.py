@@ -214,20 +214,24 @@ def _check_layer(container: str, layer: QuantizedLayer) -> None:
         )
 
 
-def is_quantized(checkpoint: Checkpoint) -> str | None:
-    """Say how a file is quantized, by hswq or any other tool; None for a 16-bit or 32-bit file.
+def is_quantized(checkpoint: Checkpoint, prefix: str = "") -> str | None:
+    """Say how a denoiser is quantized, by hswq or any other tool; None for 16 or 32 bits.
 
+    Args:
+        checkpoint: an open file.
+        prefix: what the denoiser's keys start with; other tensors are not looked at.
     Returns:
         Words for an error message: 'comfy markers on 743 layers, 794 tensors of F8_E4M3'.
     """
-    marked = sum(key.endswith(_COMFY_MARKER) for key in checkpoint.tensors)
-    packed = sum(key.endswith(_PACKED_SUFFIXES) for key in checkpoint.tensors)
+    tensors = {key: info for key, info in checkpoint.tensors.items() if key.startswith(prefix)}
+    marked = sum(key.endswith(_COMFY_MARKER) for key in tensors)
+    packed = sum(key.endswith(_PACKED_SUFFIXES) for key in tensors)
     scales = Counter(
         weight.scale_key.removeprefix(weight.base + ".")
         for weight in quantized_weights(checkpoint).values()
-        if weight.scale_key is not None
+        if weight.scale_key is not None and weight.weight_key in tensors
     )
-    dtypes = Counter(info.dtype for info in checkpoint.tensors.values() if _has_byte_elements(info))
+    dtypes = Counter(info.dtype for info in tensors.values() if _is_quantized_part(info))
     words = [f"comfy markers on {marked} layers"] if marked else []
     if _COMFY_METADATA in checkpoint.metadata and not marked:
         words.append(f"metadata {_COMFY_METADATA}")
@@ -310,6 +314,11 @@ def dequantize(checkpoint: Checkpoint, base: str) -> Tensor:
 def _has_byte_elements(info: TensorInfo) -> bool:
     """Tell codes from the small byte vectors that other data are stored in (markers, JSON)."""
     return info.dtype.startswith("F8_") or (info.dtype in ("I8", "U8") and len(info.shape) > 1)
+
+
+def _is_quantized_part(info: TensorInfo) -> bool:
+    """Tell codes from byte matrices of other uses: tools name theirs weight, weight._data, …."""
+    return _has_byte_elements(info) and (info.dtype.startswith("F8_") or _WEIGHT in info.name)
 
 
 def _quantized_weight(checkpoint: Checkpoint, info: TensorInfo) -> QuantizedWeight | None:

@@ -17,7 +17,7 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPES
 from hswq.formats.layout import Layout, TensorSpec
 
-__all__ = ["CheckpointWriter", "TensorSpec"]
+__all__ = ["CheckpointWriter", "TensorSpec", "check_room"]
 
 # One pwrite moves at most 2**31 - 4096 bytes on Linux.
 _WRITE_BYTES = 1 << 30
@@ -30,6 +30,20 @@ _CURES = {
     errno.EROFS: "the disk is mounted read-only: give a path on another disk",
     errno.ELOOP: "its symbolic links form a loop: remove them, or give another path",
 }
+
+
+def check_room(path: str | os.PathLike[str], least_bytes: int) -> None:
+    """Refuse a target whose disk cannot hold a file of at least this size.
+
+    A writer reserves its space itself; this is for work that comes long before it.
+
+    Raises:
+        InputError: less is free. A file system that does not tell its size passes.
+    """
+    target = Path(os.path.realpath(path))
+    free = _free_bytes(target)
+    if free is not None and free < least_bytes:
+        raise _does_not_fit(target, f"at least {least_bytes}", free)
 
 
 class CheckpointWriter:
@@ -216,21 +230,14 @@ class CheckpointWriter:
             if error.errno in _DISK_FULL:
                 raise
             # The file system cannot reserve: what is left is to look at its free space.
-            if self._free_bytes() < self.file_bytes:
+            free = _free_bytes(self.path)
+            if free is not None and free < self.file_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             os.ftruncate(descriptor, self.file_bytes)
 
-    def _free_bytes(self) -> int:
-        found = os.statvfs(self.path.parent)
-        return found.f_bavail * found.f_frsize
-
     def _refused(self, error: OSError) -> InputError:
         if error.errno in _DISK_FULL:
-            return InputError(
-                f"{self.path} does not fit on the disk: it needs {self.file_bytes} bytes, and "
-                f"{self._free_bytes()} are free ({error.strerror}). Free disk space or quota, or "
-                "give a path on another disk."
-            )
+            return _does_not_fit(self.path, str(self.file_bytes), _free_bytes(self.path))
         cure = _CURES.get(error.errno or 0, f"{error.strerror}; give another path")
         return InputError(f"{self.path} cannot be written: {cure}.")
 
@@ -241,6 +248,20 @@ class CheckpointWriter:
         os.close(self._descriptor)
         self._descriptor = None
         self._temporary.unlink(missing_ok=True)
+
+
+def _free_bytes(target: Path) -> int | None:
+    """Return what is free on the disk of a file; None where the file system does not tell."""
+    found = os.statvfs(target.parent)
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+def _does_not_fit(target: Path, needed: str, free: int | None) -> InputError:
+    return InputError(
+        f"{target} does not fit on the disk: it needs {needed} bytes, and "
+        f"{'too few' if free is None else free} are free. Free disk space or quota, or give a path "
+        "on another disk."
+    )
 
 
 def _bytes_of(spec: TensorSpec, data: Tensor | bytes | memoryview) -> memoryview:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
+from hswq.models.folders import refusing
 from hswq.models.map import ModelMap, Source
 from hswq.models.quiet import quiet_libraries
 
@@ -21,14 +22,12 @@ def meta_denoiser(config: dict[str, Any]) -> Any:
     """
     from diffusers import UNet2DConditionModel
 
-    try:
-        with quiet_libraries(), torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"diffusers cannot build a UNet from its configuration: {error}. "
-            "The unet/config.json of an SDXL pipeline is needed."
-        ) from error
+    damage = refusing(
+        "diffusers cannot build a UNet from its configuration",
+        "The unet/config.json of an SDXL pipeline is needed.",
+    )
+    with damage, quiet_libraries(), torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
 
 
 def load_denoiser(

@@ -67,6 +67,15 @@ class Detection:
     zero_terminal_snr: bool
 
 
+def denoiser_prefix(checkpoint: Checkpoint) -> str:
+    """Return what the denoiser's keys start with; '' where the file holds nothing else.
+
+    Unlike `detect` this refuses no architecture: quantized layers hide what a file is.
+    """
+    full = LDM_PREFIXES[0]
+    return full if any(name.startswith(full) for name in checkpoint.tensors) else ""
+
+
 def detect(checkpoint: Checkpoint) -> Detection:
     """Tell a checkpoint's family, layout and noise parametrization from its header.
 

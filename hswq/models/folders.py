@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hswq.errors import InputError
+import torch
+
+from hswq.errors import HswqError, InputError
 from hswq.formats.reader import Checkpoint
 
 # Configurations and tokenizer of SDXL base, laid out as a diffusers pipeline folder.
@@ -28,6 +32,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise InputError(f"'{path}' holds a {type(content).__name__}; a JSON object is needed.")
     return content
+
+
+@contextmanager
+def refusing(found: str, cure: str) -> Iterator[None]:
+    """Turn what diffusers, transformers or tokenizers raise on a file's content into an InputError.
+
+    Only their calls belong in this block: for damaged files they raise anything, and tokenizers
+    raises Exception itself.
+
+    Raises:
+        InputError: f"{found}: {their error}. {cure}"
+    """
+    try:
+        yield
+    except (HswqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{found}: {error or type(error).__name__}. {cure}") from error
 
 
 def configuration_folders(checkpoint: Checkpoint, pipeline_dir: Path | None) -> list[Path]:

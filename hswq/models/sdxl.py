@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from hswq.errors import InputError
+from hswq.formats.containers import is_quantized
 from hswq.formats.reader import Checkpoint
 from hswq.models.denoiser import load_denoiser
 from hswq.models.detect import Detection
-from hswq.models.folders import SHIPPED, configuration_folders, denoiser_config, read_json
+from hswq.models.folders import (
+    SHIPPED,
+    configuration_folders,
+    denoiser_config,
+    read_json,
+    refusing,
+)
 from hswq.models.map import ModelMap
 from hswq.models.quiet import quiet_libraries
 from hswq.models.tokenizer import shipped_tokenizer
@@ -70,6 +76,8 @@ def build_pipeline(
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+        parts["scheduler"] = loader.scheduler(detection)
+        latent_scale = loader.latent_scale()
         if not embeddings:
             for suffix, kind, key in (
                 ("", CLIPTextModel, "conditioner.embedders.0."),
@@ -85,15 +93,11 @@ def build_pipeline(
         pipeline = StableDiffusionXLPipeline(
             **parts,
             unet=load_denoiser(checkpoint, model_map, config, dtype, device),
-            scheduler=_scheduler(
-                loader.configuration("scheduler/scheduler_config.json"), detection
-            ),
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
             add_watermarker=False,
         )
     if not vae:
-        levels = loader.configuration("vae/config.json").get("block_out_channels")
-        pipeline.vae_scale_factor = 2 ** (len(levels) - 1) if levels else _LATENT_SCALE
+        pipeline.vae_scale_factor = latent_scale
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -113,19 +117,6 @@ def _check_widths(checkpoint: Checkpoint, parts: dict[str, Any], config: dict[st
         )
 
 
-def _scheduler(config: dict[str, Any], detection: Detection) -> Any:
-    from diffusers import EulerDiscreteScheduler
-
-    # A file that says nothing is of the type that the configuration names.
-    overrides: dict[str, Any] = {}
-    if detection.prediction_type == "v_prediction":
-        overrides["prediction_type"] = "v_prediction"
-    if detection.zero_terminal_snr:
-        # Only this spacing starts from the last timestep, the one of pure noise.
-        overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return EulerDiscreteScheduler.from_config(config, **overrides)
-
-
 @dataclass(frozen=True)
 class _ComponentLoader:
     """Where components and configurations come from, in order."""
@@ -140,11 +131,62 @@ class _ComponentLoader:
         """Read a JSON file of the first folder that has it; hswq ships all of them."""
         return read_json(self._folder_with(path) / path) or {}
 
+    def latent_scale(self) -> int:
+        """Return how many pixels an edge of a latent's element covers.
+
+        Raises:
+            InputError: the VAE's configuration does not tell.
+        """
+        path = "vae/config.json"
+        levels = self.configuration(path).get("block_out_channels")
+        if levels is None:
+            return _LATENT_SCALE
+        if not isinstance(levels, list) or not levels:
+            raise InputError(
+                f"'{self._folder_with(path) / path}' has block_out_channels {levels!r}; a list of "
+                "one width a level is needed: give another folder with --pipeline DIR."
+            )
+        factor: int = 2 ** (len(levels) - 1)
+        return factor
+
+    def scheduler(self, detection: Detection) -> Any:
+        """Return the sampler's scheduler, tried out.
+
+        Raises:
+            InputError: its configuration cannot be used.
+        """
+        from diffusers import EulerDiscreteScheduler
+
+        # A file that says nothing is of the type that the configuration names.
+        overrides: dict[str, Any] = {}
+        if detection.prediction_type == "v_prediction":
+            overrides["prediction_type"] = "v_prediction"
+        if detection.zero_terminal_snr:
+            # Only this spacing starts from the last timestep, the one of pure noise.
+            overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        path = "scheduler/scheduler_config.json"
+        config = self.configuration(path)
+        with refusing(
+            f"the scheduler in '{self._folder_with(path) / path}' cannot be used",
+            "Get that file again, or give another folder with --pipeline DIR.",
+        ):
+            # Most entries are read only when it runs, and by then the checkpoint has been loaded.
+            trial = EulerDiscreteScheduler.from_config(config, **overrides)
+            trial.set_timesteps(2)
+            latents = torch.zeros(1, 1, 1, 1)
+            trial.step(
+                trial.scale_model_input(latents, trial.timesteps[0]), trial.timesteps[0], latents
+            )
+            if not bool(torch.isfinite(trial.sigmas).all()):
+                raise ValueError("its noise levels hold NaN or Inf")
+            return EulerDiscreteScheduler.from_config(config, **overrides)
+
     def tokenizer(self, name: str, encoder: Any) -> Any:
         """Return the tokenizer `name`, checked against the text encoder it feeds.
 
         Raises:
-            InputError: it has tokens that the text encoder does not know.
+            InputError: it cannot be loaded, or gives tokens or lengths that the text encoder does
+                not know.
         """
         from transformers import CLIPTokenizer
 
@@ -152,13 +194,25 @@ class _ComponentLoader:
         if folder == SHIPPED:
             tokenizer = shipped_tokenizer(name)
         else:
-            tokenizer = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
+            with refusing(
+                f"the tokenizer in '{folder / name}' cannot be loaded",
+                "Get its vocab.json, merges.txt and tokenizer_config.json again, or give another "
+                "folder with --pipeline DIR.",
+            ):
+                tokenizer = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
         known = encoder.config.vocab_size
         if len(tokenizer) > known:
             raise InputError(
                 f"'{folder / name}' has {len(tokenizer)} tokens, but the text encoder of "
                 f"'{self.checkpoint.path}' knows {known}: give the folder with its own tokenizers, "
                 "--pipeline DIR."
+            )
+        length, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if not isinstance(length, int) or not 0 < length <= longest:
+            raise InputError(
+                f"'{folder / name}' gives {length!r} tokens a prompt (model_max_length in its "
+                f"tokenizer_config.json), and the text encoder of '{self.checkpoint.path}' takes 1 "
+                f"to {longest}: give the folder with its own tokenizers, --pipeline DIR."
             )
         return tokenizer
 
@@ -170,10 +224,17 @@ class _ComponentLoader:
             kind: its class.
             prefix: what its keys start with in a single file.
         Raises:
-            InputError: it is nowhere to be had, or incomplete.
+            InputError: it is nowhere to be had, quantized, or incomplete.
         """
         keys = [key for key in self.checkpoint.tensors if key.startswith(prefix)]
         if keys:
+            found = is_quantized(self.checkpoint, prefix)
+            if found is not None:
+                raise InputError(
+                    f"the {name} of '{self.checkpoint.path}' is quantized ({found}) and cannot be "
+                    "sampled: give a checkpoint whose other components have 16 or 32 bits, or "
+                    "prompt embeddings with --embeddings FILE."
+                )
             return self._finish(self._from_single_file(name, kind, keys))
         for folder in (self.checkpoint.pipeline_dir, self.pipeline_dir):
             if folder is not None and any((folder / name).glob("*.safetensors")):
@@ -206,17 +267,15 @@ class _ComponentLoader:
             "local_files_only": True,
         }
         state = {key: self.checkpoint.read(key) for key in keys}
-        try:
+        with refusing(
+            f"the {name} of '{self.checkpoint.path}' does not fit the configuration in "
+            f"'{folder / name}'",
+            "Give the folder with its own configuration, --pipeline DIR.",
+        ):
             if kind is AutoencoderKL:
                 model: nn.Module = kind.from_single_file(state, **arguments)
             else:
                 model = create_diffusers_clip_model_from_ldm(kind, state, **arguments)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise InputError(
-                f"the {name} of '{self.checkpoint.path}' does not fit the configuration in "
-                f"'{folder / name}': {error}. Give the folder with its own configuration, "
-                "--pipeline DIR."
-            ) from error
         missing = [key for key, value in model.state_dict().items() if value.is_meta]
         if missing:
             raise _incomplete(f"the {name} of '{self.checkpoint.path}'", missing)
@@ -238,13 +297,14 @@ def _from_pretrained(kind: Any, source: Path | str, **arguments: Any) -> nn.Modu
     Raises:
         InputError: it cannot be loaded, or lacks weights.
     """
-    try:
+    with refusing(
+        f"the {kind.__name__} of '{source}' cannot be loaded",
+        "Get its files again, or give another folder with --pipeline DIR.",
+    ):
         model: nn.Module
         model, report = kind.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **arguments
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the {kind.__name__} of '{source}' cannot be loaded: {error}.") from error
     if report["missing_keys"]:
         raise _incomplete(f"'{source}'", sorted(report["missing_keys"]))
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -263,11 +264,8 @@ def test_progress_moves_with_every_tensor(tiny: Tiny, tmp_path: Path) -> None:
         tiny.config(),
         progress=lambda phase, done, total: seen.append((done, total)),
     )
-    sizes = [
-        tensor.numel() * tensor.element_size() for tensor in load_file(tiny.checkpoint).values()
-    ]
-    done = [0, *(step for step, _ in seen)]
-    assert sorted(after - before for before, after in zip(done, done[1:], strict=False)) == sorted(
-        sizes
-    )
+    tensors = load_file(tiny.checkpoint).values()
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    steps = [after - before for before, after in pairwise([0, *(done for done, _ in seen)])]
+    assert sorted(steps) == sorted(sizes)
     assert {total for _, total in seen} == {sum(sizes)}

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,31 @@ def test_already_quantized_input(
     once = tmp_path / "once.safetensors"
     hswq.quantize_checkpoint(tiny.checkpoint, once, tiny.config(scaled=scaled, container=container))
     refuse(once, output, tiny.config(), InputError, "already quantized")
+
+
+def test_byte_matrices_outside_the_denoiser_are_copied(tiny: Tiny, tmp_path: Path) -> None:
+    """A thumbnail or an 8-bit text encoder is no reason to refuse a 16-bit denoiser."""
+    tensors = load_file(tiny.checkpoint)
+    bytes_ = torch.arange(16, dtype=torch.uint8).reshape(4, 4)
+    tensors |= {"thumbnail": bytes_, "conditioner.lookup.weight": bytes_.clone().view(torch.int8)}
+    source, written = tmp_path / "source.safetensors", tmp_path / "written.safetensors"
+    save_file(tensors, source)
+    hswq.quantize_checkpoint(source, written, tiny.config())
+    found = load_file(written)
+    assert torch.equal(found["thumbnail"], bytes_)
+    assert torch.equal(found["conditioner.lookup.weight"], bytes_.view(torch.int8))
+
+
+def test_one_quantized_layer_of_the_denoiser_is_enough(
+    tiny: Tiny, tmp_path: Path, output: Path
+) -> None:
+    """An int8 layer among 16-bit ones would be copied as if its codes were its values."""
+    tensors = load_file(tiny.checkpoint)
+    name = "model.diffusion_model.out.2.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    source = tmp_path / "int8.safetensors"
+    save_file(tensors, source)
+    refuse(source, output, tiny.config(), InputError, r"already quantized \(1 tensors of I8\)")
 
 
 def test_unknown_architecture(tiny: Tiny, tmp_path: Path, output: Path) -> None:
@@ -244,6 +270,41 @@ def test_full_disk(tiny: Tiny, output: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     refuse(tiny.checkpoint, output, tiny.config(), InputError, "space")
+
+
+@pytest.mark.parametrize("conv", ["fp8", "16bit"])
+def test_full_disk_is_told_before_sampling(
+    tiny: Tiny, output: Path, monkeypatch: pytest.MonkeyPatch, conv: str
+) -> None:
+    """An hour of sampling must not end at a disk that could never hold the smallest output."""
+
+    class SamplerRanError(Exception):
+        pass
+
+    def ran(*_: object) -> None:
+        raise SamplerRanError
+
+    tensors = load_file(tiny.checkpoint)
+    smallest = 0
+    for name, tensor in tensors.items():
+        layer = "diffusion_model" in name and tensor.ndim in ((2, 4) if conv == "fp8" else (2,))
+        smallest += tensor.numel() * (1 if layer else tensor.element_size())
+
+    def with_free(free: int, blocks: int = 1 << 30) -> None:
+        found = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
+        monkeypatch.setattr(os, "statvfs", lambda _: found)
+
+    config = tiny.config(stats=None, conv=conv)
+    with_free(smallest)
+    with pytest.raises(InputError, match=r"does not fit on the disk.* at least \d+ bytes.*free"):
+        hswq.quantize_checkpoint(tiny.checkpoint, output, config, progress=ran)
+    assert_untouched(output)
+    # Room for the smallest output with its header; and a file system that does not tell.
+    for free, blocks in ((smallest + 1_000_000, 1 << 30), (0, 0)):
+        with_free(free, blocks)
+        with pytest.raises(SamplerRanError):
+            hswq.quantize_checkpoint(tiny.checkpoint, output, config, progress=ran)
+    assert_untouched(output)
 
 
 def test_empty_prompt_file(tiny: Tiny, tmp_path: Path, output: Path) -> None:

@@ -342,6 +342,53 @@ def test_traces_of_quantization_elsewhere_are_told(tmp_path, tensors, metadata, 
         assert words in is_quantized(checkpoint)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_only_the_denoiser_is_looked_at(tmp_path, dtype):
+    """A lookup table, a thumbnail or an FP8 text encoder does not make the denoiser quantized."""
+    codes = torch.zeros(4, 4, dtype=torch.uint8).view(dtype)
+    tensors = {
+        "conditioner.embedders.0.weight": codes,
+        "conditioner.embedders.0.comfy_quant": torch.zeros(4, dtype=torch.uint8),
+        "thumbnail": codes.clone(),
+        "first_stage_model.a.qweight": codes.clone(),
+        PREFIX + "a.weight": torch.ones(2, 2, dtype=torch.float16),
+    }
+    with save_and_open(tmp_path, tensors) as checkpoint:
+        assert is_quantized(checkpoint, PREFIX) is None
+        assert is_quantized(checkpoint, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "words"),
+    [
+        ("a.weight", torch.int8, "1 tensors of I8"),
+        ("a.weight", torch.uint8, "1 tensors of U8"),
+        # quanto, torchao
+        ("a.weight._data", torch.int8, "1 tensors of I8"),
+        ("a.weight_qdata", torch.int8, "1 tensors of I8"),
+        ("a.weight", torch.float8_e5m2, "1 tensors of F8_E5M2"),
+        ("a.qweight", torch.int32, "packed weights on 1 layers"),
+        ("a.weight_packed", torch.int32, "packed weights on 1 layers"),
+        ("a.comfy_quant", torch.uint8, "comfy markers on 1 layers"),
+        ("scaled_fp8", torch.float8_e4m3fn, "1 tensors of F8_E4M3"),
+    ],
+)
+def test_quantized_layers_of_the_denoiser_are_told(tmp_path, name, dtype, words):
+    """Beside 16-bit text encoders too: most of these files are whole checkpoints."""
+    tensors = {
+        "conditioner.embedders.0.weight": torch.ones(2, 2, dtype=torch.float16),
+        PREFIX + name: torch.zeros(2, 16, dtype=torch.uint8).view(dtype),
+    }
+    with save_and_open(tmp_path, tensors) as checkpoint:
+        assert is_quantized(checkpoint, PREFIX) == words
+
+
+def test_byte_matrix_that_is_no_weight_is_no_quantization(tmp_path):
+    """Whether an unknown tensor may be in a denoiser is for the map to say, with its name."""
+    with save_and_open(tmp_path, {"grid": torch.zeros(4, 4, dtype=torch.uint8)}) as checkpoint:
+        assert is_quantized(checkpoint) is None
+
+
 def test_containers_are_those_of_the_options():
     """An option that the formats do not know would fail after calibration."""
     from hswq.config import QuantizeConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 
@@ -232,6 +233,85 @@ def test_text_encoder_that_does_not_fit_its_configuration_is_refused(
     config = json.loads((folder / "text_encoder/config.json").read_text())
     (folder / "text_encoder/config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(InputError, match=r"text_encoder of .* does not fit.*--pipeline DIR"):
+        build(single_file, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_text_encoder_is_not_sampled(edited, configurations, dtype):
+    """Its codes would be taken for values, and the statistics be those of noise."""
+    key = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+
+    def cast(tensors):
+        tensors[key] = tensors[key].to(dtype)
+
+    path = edited(cast)
+    with pytest.raises(InputError, match=r"text_encoder of .* is quantized .*--embeddings FILE"):
+        build(path, configurations)
+    build(path, configurations, embeddings=True)
+
+
+LONGEST = json.dumps({"model_max_length": 10**30})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cure"),
+    [
+        ("tokenizer/vocab.json", "", "tokenizer"),
+        ("tokenizer_2/vocab.json", "[]", "tokenizer"),
+        ("tokenizer/merges.txt", "[]", "tokenizer"),
+        ("tokenizer/merges.txt", None, "tokenizer"),
+        ("tokenizer/tokenizer_config.json", "", "tokenizer"),
+        ("tokenizer/tokenizer_config.json", "[]", "tokenizer"),
+        ("tokenizer/tokenizer_config.json", None, "tokens a prompt"),
+        ("tokenizer_2/tokenizer_config.json", LONGEST, "tokens a prompt"),
+        ("tokenizer/tokenizer_config.json", '{"model_max_length": null}', "tokenizer"),
+        ("text_encoder/config.json", "null", "configuration"),
+        ("text_encoder/config.json", '{"vocab_size": "many"}', "configuration"),
+        ("text_encoder_2/config.json", "", "configuration"),
+        ("scheduler/scheduler_config.json", "{", "JSON"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "scheduler"),
+        ("scheduler/scheduler_config.json", '{"_class_name": -3}', "scheduler"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "x"}', "scheduler"),
+        ("scheduler/scheduler_config.json", '{"prediction_type": "x"}', "scheduler"),
+        ("scheduler/scheduler_config.json", '{"timestep_spacing": "x"}', "scheduler"),
+        ("scheduler/scheduler_config.json", '{"beta_start": 1e300, "beta_end": 0}', "scheduler"),
+        ("vae/config.json", '{"block_out_channels": -3}', "vae/config.json.*block_out_channels"),
+    ],
+)
+def test_damaged_file_of_a_folder_is_named(
+    single_file, configurations, tmp_path, file, content, cure
+):
+    """The libraries raise anything, bare Exceptions too: a user would be told of our own bug."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(configurations, folder)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(InputError) as caught:
+        build(single_file, folder)
+    text = str(caught.value)
+    assert re.search(cure, text)
+    assert str(folder / file.split("/")[0]) in text
+    assert re.search("--pipeline|cannot be read as JSON", text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_num_groups": 0},
+        {"block_out_channels": []},
+        {"attention_head_dim": "x"},
+        {"act_fn": 5},
+    ],
+)
+def test_unet_configuration_of_nonsense_is_refused(single_file, configurations, tmp_path, change):
+    """The same for the configuration by which the map is traced."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(configurations, folder)
+    path = folder / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="configuration"):
         build(single_file, folder)
 
 
