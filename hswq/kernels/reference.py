@@ -32,6 +32,7 @@ from hswq.kernels.fixed_point import (
 # Elements worked on at once: keeps temporaries below 100 MB and mostly in cache.
 _CHUNK = 1 << 20
 _MAGNITUDE_PATTERNS = 1 << 15
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def unusable_reason() -> str | None:
@@ -176,8 +177,10 @@ def _search_layer(
         if float(errors[index]) < best_mse:
             best_amax, best_mse = float(amax[index]), float(errors[index])
         width = (high - low) / 4
-        low, high = max(0.1 * largest, best_amax - width), min(1.2 * largest, best_amax + width)
-    return best_amax, best_mse
+        low = max(0.1 * largest, best_amax - width)
+        high = min(1.2 * largest, best_amax + width, _FLOAT32_MAX)
+    # Only a histogram that holds NaN or Inf beats no candidate.
+    return (best_amax, best_mse) if math.isfinite(best_mse) else (math.nan, math.nan)
 
 
 def _unscaled_errors(hist: Tensor, centres: Tensor, amax: Tensor) -> Tensor:
