@@ -7,6 +7,9 @@ the name of a backend, or None for HSWQ_BACKEND or the default of the tensors' d
 raise BackendError where that backend cannot run. No function records gradients or is affected by
 autocast.
 
+Where the caller has set torch.set_flush_denormal(True), float32 numbers below 2**-126 (not those of
+float16) may count as 0; nothing else changes.
+
 float16, bfloat16 and float32 are the dtypes of weights and activations. u is 2**-53 in bounds of
 float64 sums and 2**-24 in those of float32 sums.
 """
@@ -117,7 +120,8 @@ def monitor(
         x: the layer's input; not read where abs_mean is given.
         y: the layer's output, any shape.
         dim: the channel axis of x: -3 for a Conv2d, -1 for a Linear.
-        accumulators: changed in place; they hold 2**11 - 1 calls.
+        accumulators: changed in place; they hold 2**11 - 1 calls. Two threads must not add to one
+            set at once: give each its own and add the sets.
         abs_mean: what an earlier call returned for the same x and dim, so that it is reduced once.
     Returns:
         float64 [C]: the abs_mean of x, also for a skipped call.

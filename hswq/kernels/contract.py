@@ -78,6 +78,12 @@ def check_shape(op: str, name: str, value: Tensor, shape: Sequence[int], why: st
         raise InputError(f"{op}: {name} has shape {list(value.shape)}; {why} needs {list(shape)}.")
 
 
+def check_contiguous(op: str, name: str, value: Tensor) -> None:
+    """Raise InputError for a tensor that is written in place and does not lie in one piece."""
+    if not value.is_contiguous():
+        raise InputError(f"{op}: {name} is not contiguous and changed in place; hand in a copy.")
+
+
 def check_devices(op: str, **tensors: Tensor | None) -> torch.device:
     """Return the one device of the tensors.
 
