@@ -80,6 +80,28 @@ def test_odd_settings_equal_brute_force(
 
 
 @pytest.mark.slow
+def test_prefix_sums_that_rank_lose_no_small_term(backend: Backend) -> None:
+    """Plain prefix sums err by half a unit a bin here and rank the best threshold out of reach.
+
+    Almost all mass lies in one bin, which both 1.3125 and 1.75 store without error. Of the bins
+    below it, those that 1.3125 rounds higher than 1.75 does hold 0.51 units of the last place: each
+    such mass is rounded up to a whole unit when it is added, each such first moment is lost.
+    """
+    max_abs, bins = 1.75, (1 << 19) - 5
+    largest_bin = (9 * bins // 7 - 1) // 2
+    x = torch.tensor(oracle.centres(max_abs, bins), dtype=torch.float64)
+
+    def rounded(amax: float) -> Tensor:
+        below = torch.searchsorted(torch.tensor(oracle.MIDPOINTS).double(), x * 448 / amax)
+        return torch.tensor(oracle.MAGNITUDES).double()[below] * amax / 448
+
+    hist = (rounded(1.3125) > rounded(1.75)).double() * 0.51 * 2.0**-52
+    hist[largest_bin:] = 0.0
+    hist[largest_bin] = 1.0
+    assert check(hist, max_abs, True, backend, 3, 0)[0] == 1.3125
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 def test_default_preset_equals_brute_force(scaled: bool, backend: Backend) -> None:
     """The sizes that real layers are searched with."""
