@@ -124,9 +124,9 @@ void ChannelAbsMean(DType dtype, const void* values, size_t outer, size_t channe
 void Monitor(DType x_dtype, const void* x, size_t outer, size_t channels, size_t inner,
              DType y_dtype, const void* y, size_t y_count, bool has_abs_mean, size_t threads,
              const MonitorSums& sums, double* abs_mean) {
-  ChannelAbsWork abs_work(x_dtype, x, outer, channels, inner);
+  ChannelAbsWork abs_work(x_dtype, x, has_abs_mean ? 0 : outer, channels, inner);
   MomentsWork moments_work(y_dtype, y, y_count);
-  const size_t abs_blocks = has_abs_mean ? 0 : abs_work.blocks();
+  const size_t abs_blocks = abs_work.blocks();
   ParallelFor(abs_blocks + moments_work.blocks(), threads, [&](size_t block, size_t) {
     if (block < abs_blocks) {
       abs_work.Run(block);

@@ -11,6 +11,8 @@
 namespace hswq {
 namespace {
 
+constexpr double kLargestThreshold = std::numeric_limits<float>::max();
+
 // One layer's histogram with its workspace.
 class ClipSearch {
  public:
@@ -60,12 +62,15 @@ class ClipSearch {
       if (stage > 0) {
         const double width = (high - low) / 4;
         low = std::max(0.1 * max_abs_, *amax - width);
-        high = std::min(1.2 * max_abs_, *amax + width);
+        high = std::min({1.2 * max_abs_, *amax + width, kLargestThreshold});
       }
       RunStage(low, high, count, amaxes, ranks, amax, mse);
     }
-    // Only a histogram that holds NaN beats no candidate.
-    if (!std::isfinite(*mse)) *mse = std::numeric_limits<double>::quiet_NaN();
+    // Only a histogram that holds NaN or infinity beats no candidate.
+    if (!std::isfinite(*mse)) {
+      *amax = std::numeric_limits<float>::quiet_NaN();
+      *mse = std::numeric_limits<double>::quiet_NaN();
+    }
   }
 
  private:

@@ -84,7 +84,8 @@ double RankClip(const ClipHistogram& histogram, double unit, double limit) {
     }
   }
   const double error = histogram.power - 2 * unit * moment[0] + 2 * unit * unit * mass[0];
-  return error > 0.0 ? error : 0.0;
+  // Not the other way round: NaN stays.
+  return error < 0.0 ? 0.0 : error;
 }
 
 // Rounds 0 <= value <= 448 to an E4M3 magnitude: nearest, ties to the smaller.
@@ -105,7 +106,8 @@ double ClipMse(const ClipHistogram& histogram, float amax, bool scaled) {
   const double threshold = amax;
   // With scale 1 the product and the quotient below are exact: the unscaled objective.
   const double scale = scaled ? 448.0 / threshold : 1.0;
-  const double limit = scaled || threshold > 448.0 ? 448.0 : threshold;
+  // NaN gives 448: what is rounded below is never NaN, whose integer would be undefined.
+  const double limit = !scaled && threshold < 448.0 ? threshold : 448.0;
   const double* __restrict hist = histogram.hist;
   const double* __restrict centres = histogram.centres;
   double* __restrict terms = histogram.terms;

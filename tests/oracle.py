@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 UNIT32 = 2.0**-24
 UNIT64 = 2.0**-53
 
@@ -156,7 +157,8 @@ def search_amax(
             if error < best_error:
                 best, best_error = amax, error
         width = (high - low) / 4
-        low, high = max(0.1 * max_abs, best - width), min(1.2 * max_abs, best + width)
+        low = max(0.1 * max_abs, best - width)
+        high = min(1.2 * max_abs, best + width, FLOAT32_MAX)
     return best, best_error
 
 

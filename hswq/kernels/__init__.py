@@ -7,6 +7,9 @@ the name of a backend, or None for HSWQ_BACKEND or the default of the tensors' d
 raise BackendError where that backend cannot run. No function records gradients or is affected by
 autocast.
 
+Where the caller has set torch.set_flush_denormal(True), float32 numbers below 2**-126 (not those of
+float16) may count as 0; nothing else changes.
+
 float16, bfloat16 and float32 are the dtypes of weights and activations. u is 2**-53 in bounds of
 float64 sums and 2**-24 in those of float32 sums.
 """
@@ -117,7 +120,8 @@ def monitor(
         x: the layer's input; not read where abs_mean is given.
         y: the layer's output, any shape.
         dim: the channel axis of x: -3 for a Conv2d, -1 for a Linear.
-        accumulators: changed in place; they hold 2**11 - 1 calls.
+        accumulators: changed in place; they hold 2**11 - 1 calls. Two threads must not add to one
+            set at once: give each its own and add the sets.
         abs_mean: what an earlier call returned for the same x and dim, so that it is reduced once.
     Returns:
         float64 [C]: the abs_mean of x, also for a skipped call.
@@ -159,18 +163,19 @@ def weighted_histogram(
         importance: float32 per input channel, finite and >= 0: [I], or [G, I] for the weight
             [O, I, ...] of a convolution of G groups, whose rows form G equal blocks; for a vector
             its own length. None, or all zero, weighs all weights alike.
-        bins: number of equal bins on [0, max|w|].
+        bins: number of equal bins on [0, max|w|], at most 2**20.
     Returns:
         hist float64 [bins] of sum 1, and max|w| float32 []. With NaN or Inf in w both are NaN: the
         caller knows the tensor's name and raises. An all-zero w gives hist [1, 0, ...] and 0.
     Raises:
-        InputError: w is empty, another dtype, bins < 1, or importance has another length, dtype or
-            a value that is negative or not finite.
+        InputError: w is empty, another dtype, bins out of range, or importance has another length,
+            dtype or a value that is negative or not finite.
     """
     op = "weighted_histogram"
     contract.check_dtype(op, "w", w, FLOATS)
     contract.check_not_empty(op, "w", w)
     contract.check_at_least(op, "bins", bins, 1)
+    contract.check_at_most(op, "bins", bins, contract.MAX_BINS)
     shape = w.shape if w.dim() >= 2 else torch.Size([1, w.numel()])
     if importance is not None:
         importance = _checked_importance(op, importance, shape)
@@ -224,14 +229,16 @@ def clip_mse(
     well.
 
     Args:
-        hist: float64 [bins] of sum 1.
-        max_abs: float32 [], right edge of the last bin. 0 gives J = 0.
-        candidates: float32 [N], >= 0; 0 clips everything to 0.
+        hist: float64 [bins] of sum 1, bins at most 2**20.
+        max_abs: float32 [], finite and >= 0, or NaN: right edge of the last bin. 0 gives J = 0, NaN
+            gives NaN, and any other maximum of a hist that holds NaN or Inf gives no finite J.
+        candidates: float32 [N], finite and >= 0; 0 clips everything to 0.
         scaled: True for V2, False for V1.
     Returns:
         float64 [N].
     Raises:
-        InputError: another dtype, shape or several devices.
+        InputError: another dtype, shape or several devices, too many bins, or a number out of range
+            (tensors on an accelerator are not looked at).
     """
     op = "clip_mse"
     device = contract.check_devices(op, hist=hist, max_abs=max_abs, candidates=candidates)
@@ -239,6 +246,7 @@ def clip_mse(
     contract.check_dtype(op, "candidates", candidates, (torch.float32,))
     contract.check_not_empty(op, "candidates", candidates)
     contract.check_shape(op, "candidates", candidates, [candidates.numel()], "a list of thresholds")
+    contract.check_range(op, "candidates", candidates)
     args = hist.contiguous(), max_abs.reshape(()), candidates.contiguous(), scaled
     result: Tensor = _run(op, backend, device, *args)
     return result
@@ -256,22 +264,24 @@ def search_amax(
     """Find the threshold of least J for one layer or a list of layers. Exact.
 
     Stage 0 takes lo = 0.5 * max, hi = max; each refinement width = (hi - lo) / 4,
-    lo = max(0.1 * max, best - width), hi = min(1.2 * max, best + width). Candidate i of N is
-    float32(lo + i * ((hi - lo) / (N - 1))), computed in float64. J is that of `clip_mse`, summed
-    directly: float64 terms H * (d * d), d = q(x) - x, added by `tree_sum`. The first strict minimum
-    wins, within a stage and across stages. Prefix sums may rank the candidates as long as all that
-    can be the minimum are then evaluated directly.
+    lo = max(0.1 * max, best - width), hi = min(1.2 * max, best + width, the largest float32).
+    Candidate i of N is float32(lo + i * ((hi - lo) / (N - 1))), computed in float64. J is that of
+    `clip_mse`, summed directly: float64 terms H * (d * d), d = q(x) - x, added by `tree_sum`. The
+    first strict minimum wins, within a stage and across stages. Prefix sums may rank the candidates
+    as long as all that can be the minimum are then evaluated directly.
 
     Args:
-        hists: float64 [bins] or [L, bins], each of sum 1.
-        max_abs: float32 [] or [L], below 2**127. 0 gives amax 0 and J 0; NaN gives NaN for both.
+        hists: float64 [bins] or [L, bins], each of sum 1, bins at most 2**20.
+        max_abs: float32 [] or [L], finite and >= 0, or NaN. 0 gives amax 0 and J 0; NaN, and any
+            other maximum of a hist that holds NaN or Inf, gives NaN for both.
         scaled: True for V2, False for V1.
         candidates: thresholds a stage, >= 2.
         refinements: further stages, >= 0.
     Returns:
         amax float32 and J float64, both [] or [L].
     Raises:
-        InputError: another dtype or shape, several devices, or a count out of range.
+        InputError: another dtype or shape, several devices, or a number out of range (tensors on an
+            accelerator are not looked at).
     """
     op = "search_amax"
     device = contract.check_devices(op, hists=hists, max_abs=max_abs)
@@ -294,7 +304,9 @@ def _check_histograms(op: str, hists: Tensor, max_abs: Tensor, rank: int) -> Non
             f"{op}: hist has shape {list(hists.shape)}; it must have {rank} "
             f"ax{'is' if rank == 1 else 'es'}, bins last."
         )
+    contract.check_at_most(op, "bins", hists.shape[-1], contract.MAX_BINS)
     contract.check_shape(op, "max_abs", max_abs, hists.shape[:-1], f"hist {list(hists.shape)}")
+    contract.check_range(op, "max_abs", max_abs, or_nan=True)
 
 
 def quantize_e4m3(

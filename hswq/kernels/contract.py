@@ -16,7 +16,6 @@ that order, positionally, without `backend`, checked and brought to one form:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,8 @@ from torch import Tensor
 from hswq.errors import InputError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# What the bounds of the search are derived for; the option --bins ends there too.
+MAX_BINS = 1 << 20
 CODES = (torch.uint8, torch.float8_e4m3fn)
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
@@ -77,6 +78,12 @@ def check_shape(op: str, name: str, value: Tensor, shape: Sequence[int], why: st
         raise InputError(f"{op}: {name} has shape {list(value.shape)}; {why} needs {list(shape)}.")
 
 
+def check_contiguous(op: str, name: str, value: Tensor) -> None:
+    """Raise InputError for a tensor that is written in place and does not lie in one piece."""
+    if not value.is_contiguous():
+        raise InputError(f"{op}: {name} is not contiguous and changed in place; hand in a copy.")
+
+
 def check_devices(op: str, **tensors: Tensor | None) -> torch.device:
     """Return the one device of the tensors.
 
@@ -94,6 +101,31 @@ def check_at_least(op: str, name: str, value: int, least: int) -> None:
     """Raise InputError unless value >= least."""
     if value < least:
         raise InputError(f"{op}: {name} is {value}; it must be at least {least}.")
+
+
+def check_at_most(op: str, name: str, value: int, most: int) -> None:
+    """Raise InputError unless value <= most."""
+    if value > most:
+        raise InputError(f"{op}: {name} is {value}; it must be at most {most}.")
+
+
+def check_range(
+    op: str, name: str, value: Tensor, *, positive: bool = False, or_nan: bool = False
+) -> None:
+    """Raise InputError unless all values are finite and >= 0 (positive: > 0), or NaN if allowed.
+
+    Only tensors on the CPU are looked at: elsewhere it would cost a wait for the device.
+    """
+    if value.device.type != "cpu":
+        return
+    value = value.detach().reshape(-1)
+    good = value.isfinite() & (value > 0.0 if positive else value >= 0.0)
+    if or_nan:
+        good |= value.isnan()
+    if not good.all():
+        found = float(value[~good][0])
+        needed = f"finite and {'> 0' if positive else '>= 0'}{', or NaN' if or_nan else ''}"
+        raise InputError(f"{op}: {name} is {found}; it must be {needed}.")
 
 
 def check_not_empty(op: str, name: str, value: Tensor) -> None:
@@ -123,10 +155,8 @@ def row_values(
 ) -> Tensor:
     """Return a value of the whole tensor or of each row as float32 [] or [rows] on the device.
 
-    The range is checked where that costs no wait for a device.
-
     Raises:
-        InputError: another dtype or shape, not finite, negative, or a scale of 0.
+        InputError: another dtype or shape, or as float32 not finite, negative, or a scale of 0.
     """
     if isinstance(value, Tensor):
         check_dtype(op, name, value, (torch.float32,))
@@ -134,17 +164,10 @@ def row_values(
             value = value.reshape(())
         else:
             check_shape(op, name, value, [rows], f"one value per row of {rows} rows")
-        known: Sequence[float] = value.reshape(-1).tolist() if value.device.type == "cpu" else ()
-        value = value.detach().to(device).contiguous()
     else:
         value = torch.tensor(value, dtype=torch.float32)
-        known = [float(value)]
-        value = value.to(device)
-    least = "> 0" if name.endswith("scale") else ">= 0"
-    for number in known:
-        if not math.isfinite(number) or number < 0.0 or (number == 0.0 and least == "> 0"):
-            raise InputError(f"{op}: {name} is {number}; it must be finite and {least}.")
-    return value
+    check_range(op, name, value, positive=name.endswith("scale"))
+    return value.detach().to(device).contiguous()
 
 
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

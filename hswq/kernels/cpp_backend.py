@@ -28,6 +28,9 @@ _TILE = 1 << 21
 _ACTIVATIONS_TILE = 1 << 23
 _ONE = torch.ones(())
 
+# More than any machine has cores; each thread has tables of its own.
+_MOST_THREADS = 1024
+
 _import_error: ImportError | None = None
 try:
     import hswq.kernels._cpp as _cpp
@@ -302,14 +305,16 @@ def _threads() -> int:
     """Return how many threads to use.
 
     Raises:
-        OptionError: HSWQ_NUM_THREADS is not a positive whole number.
+        OptionError: HSWQ_NUM_THREADS is no whole number between 1 and _MOST_THREADS.
     """
     text = os.environ.get("HSWQ_NUM_THREADS")
     if text is None:
         return torch.get_num_threads()
-    if not text.isdecimal() or int(text) == 0:
+    # Not compared as a number first: int() refuses thousands of digits with an error of its own.
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= _MOST_THREADS:
         raise OptionError(
-            f"HSWQ_NUM_THREADS is {text!r}; it must be a whole number of at least 1, or unset."
+            f"HSWQ_NUM_THREADS is {text[:40]!r}; it must be a whole number between 1 and "
+            f"{_MOST_THREADS}, or unset."
         )
     return int(text)
 

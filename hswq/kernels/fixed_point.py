@@ -23,6 +23,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from hswq.kernels import contract
+
 ABS_MEAN_BITS = 32
 ABS_MEAN_LIMIT = 2.0**20
 MEAN_HIGH_BITS = 8
@@ -35,12 +37,16 @@ CALLS_PER_ACCUMULATOR = 2**11 - 1
 class MonitorAccumulators:
     """Sums of one layer over its calls, all int64 on the device of the layer's output.
 
+    Backends write through their addresses, so their form is checked here, once.
+
     Attributes:
         calls: [1] calls counted.
         skipped: [1] calls with a non-finite or out-of-range value; they add nothing else.
         mean_y: [2] sum of mean(y), high and low part.
         mean_y2: [2] sum of mean(y^2), high and low part.
         abs_mean: [C] sum of mean |x| per input channel.
+    Raises:
+        InputError: another dtype or shape, a tensor that is not contiguous, or several devices.
     """
 
     calls: Tensor
@@ -48,6 +54,15 @@ class MonitorAccumulators:
     mean_y: Tensor
     mean_y2: Tensor
     abs_mean: Tensor
+
+    def __post_init__(self) -> None:
+        op, sums = type(self).__name__, vars(self)
+        contract.check_devices(op, **sums)
+        lengths = 1, 1, 2, 2, self.abs_mean.numel()
+        for (name, value), length in zip(sums.items(), lengths, strict=True):
+            contract.check_dtype(op, name, value, (torch.int64,))
+            contract.check_shape(op, name, value, [length], "it")
+            contract.check_contiguous(op, name, value)
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device | str = "cpu") -> MonitorAccumulators:

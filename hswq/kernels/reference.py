@@ -1,9 +1,9 @@
 """The contract in plain torch: what every other backend must equal.
 
-Exact ops use only integer sums and single IEEE operations per element, whose bits depend neither on
-the number of threads nor on the instruction set. Two of torch's shortcuts are avoided on purpose:
-number / tensor multiplies by a reciprocal, and so does tensor / number on CUDA, so both operands of
-a division are tensors.
+Exact ops, and the sums of the monitor, use only integer sums and single IEEE operations per
+element, whose bits depend neither on the number of threads nor on the instruction set: torch's own
+float sums depend on both. Two of its shortcuts are avoided on purpose: number / tensor multiplies
+by a reciprocal, and so does tensor / number on CUDA, so both operands of a division are tensors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hswq.kernels.fixed_point import (
 # Elements worked on at once: keeps temporaries below 100 MB and mostly in cache.
 _CHUNK = 1 << 20
 _MAGNITUDE_PATTERNS = 1 << 15
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def unusable_reason() -> str | None:
@@ -40,20 +41,26 @@ def unusable_reason() -> str | None:
 
 
 def moments(y: Tensor) -> Tensor:
-    total = torch.zeros(2, dtype=torch.float64, device=y.device)
-    for part in torch.split(y.reshape(-1), _CHUNK):
+    y = y.reshape(-1)
+    lanes = torch.zeros(2, min(_CHUNK, y.numel()), dtype=torch.float64, device=y.device)
+    for part in torch.split(y, _CHUNK):
         values = part.double()
-        total += torch.stack((values.sum(), (values * values).sum()))
+        lanes[0, : len(part)] += values
+        lanes[1, : len(part)] += values * values
     count = torch.full((1,), y.numel(), dtype=torch.float64, device=y.device)
-    return torch.cat((count, total))
+    return torch.cat((count, tree_sum(lanes)))
 
 
 def channel_abs_mean(x: Tensor, dim: int) -> Tensor:
     channels, inner = x.shape[dim], x.shape[dim + 1 :].numel() if dim < -1 else 1
     x = x.reshape(-1, channels, inner) if x.numel() else x.reshape(0, channels, 1)
-    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
-    for part in _row_chunks(x):
-        total += x[part].abs().double().sum((0, 2))
+    parts = list(_row_chunks(x))
+    rows = len(x[parts[0]]) if parts else 0
+    lanes = torch.zeros(rows, *x.shape[1:], dtype=torch.float64, device=x.device)
+    for part in parts:
+        values = x[part].abs().double()
+        lanes[: len(values)] += values
+    total = tree_sum(lanes.movedim(1, 0).flatten(1))
     # 0 / 0 for an empty tensor: NaN, which a monitor counts as a skipped call.
     return total / torch.full_like(total, x.shape[0] * x.shape[2])
 
@@ -176,8 +183,10 @@ def _search_layer(
         if float(errors[index]) < best_mse:
             best_amax, best_mse = float(amax[index]), float(errors[index])
         width = (high - low) / 4
-        low, high = max(0.1 * largest, best_amax - width), min(1.2 * largest, best_amax + width)
-    return best_amax, best_mse
+        low = max(0.1 * largest, best_amax - width)
+        high = min(1.2 * largest, best_amax + width, _FLOAT32_MAX)
+    # Only a histogram that holds NaN or Inf beats no candidate.
+    return (best_amax, best_mse) if math.isfinite(best_mse) else (math.nan, math.nan)
 
 
 def _unscaled_errors(hist: Tensor, centres: Tensor, amax: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ class AmaxResult:
 
     Attributes:
         amax: largest magnitude kept.
-        mse: the objective at amax, J = sum H(b) * (q(x_b) - x_b)^2, H normalised to sum 1.
+        mse: the objective at amax, J = sum H(b) * (q(x_b) - x_b)^2, H normalised to sum 1. That of
+            the scale amax / 448: where it is below 2^-126, `scale` is larger and the error another.
         max_abs: largest magnitude in the weight.
         power: sum H(b) * x_b^2, so that mse / power is the relative weighted error.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,13 @@ def normal(
     return (torch.randn(shape, generator=generator(seed)) * sigma).to(dtype)
 
 
+def wide(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of so many magnitudes that float64 sums of them depend on their order."""
+    # The largest stay below float16's 65504.
+    exponents = torch.randint(-30, 13, shape, generator=generator(1))
+    return torch.ldexp(normal(*shape), exponents).to(dtype)
+
+
 def all_patterns(dtype: torch.dtype) -> Tensor:
     """Every value of a 16-bit dtype: zeros, subnormals, Inf and all NaN included."""
     return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -34,3 +43,16 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def significand_unit(dtype: torch.dtype) -> float:
     """Largest relative error of rounding to a dtype."""
     return torch.finfo(dtype).eps / 2
+
+
+def on_threads(function: Callable[[], Tensor]) -> list[tuple[float, ...]]:
+    """Values that a function returns where torch has one thread, and where it has two."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(tuple(function().tolist()))
+        return results
+    finally:
+        torch.set_num_threads(before)

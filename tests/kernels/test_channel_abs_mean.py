@@ -80,3 +80,15 @@ def test_wrong_axis_is_refused(backend: Backend) -> None:
     """A convolution's axis on a vector would read another layer's channels."""
     with pytest.raises(InputError, match=r"dim -3 is no axis of x \[5, 6\]"):
         kernels.channel_abs_mean(torch.ones(5, 6), -3, backend=backend.name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((1, 1, 2000, 1500), -3), ((4, 3, 500, 701), -3), ((4099, 513), -1)]
+)
+def test_number_of_threads_changes_no_bit(
+    shape: tuple[int, ...], dim: int, backend: Backend
+) -> None:
+    """A library's sum is split among its threads; importances would depend on the machine."""
+    x = cases.wide(*shape).to(backend.device)
+    results = cases.on_threads(lambda: kernels.channel_abs_mean(x, dim, backend=backend.name))
+    assert len(set(results)) == 1

@@ -84,6 +84,33 @@ def test_all_zero_weights_have_no_error(backend: Backend) -> None:
         assert errors.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_damaged_histograms_have_no_objective(scaled: bool, value: float, backend: Backend) -> None:
+    """An error of 0 would make the best threshold of a damaged layer."""
+    hist = histogram(16).to(backend.device)
+    hist[5] = value
+    thresholds = torch.tensor([0.0, 0.3, 1.0, 2.0], device=backend.device)
+    one = torch.ones((), device=backend.device)
+    errors = kernels.clip_mse(hist, one, thresholds, scaled, backend=backend.name)
+    assert not errors.isfinite().any()
+    errors = kernels.clip_mse(
+        torch.full_like(hist, math.nan), one * math.nan, thresholds, scaled, backend=backend.name
+    )
+    assert errors.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.5])
+def test_thresholds_that_are_none_are_refused(bad: float, backend: Backend) -> None:
+    """A threshold of NaN would have an objective of its own on each backend."""
+    hist, one = histogram(4), torch.ones(())
+    with pytest.raises(InputError, match=f"candidates is {bad}; it must be finite and >= 0"):
+        kernels.clip_mse(hist, one, torch.tensor([0.5, bad]), True, backend=backend.name)
+    if not math.isnan(bad):
+        with pytest.raises(InputError, match=f"max_abs is {bad}; it must be finite and >= 0"):
+            kernels.clip_mse(hist, one * bad, torch.ones(1), True, backend=backend.name)
+
+
 def test_bad_arguments_are_refused(backend: Backend) -> None:
     """float32 histograms lose what the search needs; thresholds must be what a file can hold."""
     hist, one = torch.ones(4, dtype=torch.float64), torch.ones(())
@@ -93,3 +120,6 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
         kernels.clip_mse(hist, one, torch.ones(2).double(), True, backend=backend.name)
     with pytest.raises(InputError, match=r"hist has shape \[2, 2\]; it must have 1 axis"):
         kernels.clip_mse(hist.reshape(2, 2), one, torch.ones(2), True, backend=backend.name)
+    hist = torch.ones((1 << 20) + 1, dtype=torch.float64)
+    with pytest.raises(InputError, match="bins is 1048577; it must be at most 1048576"):
+        kernels.clip_mse(hist, one, torch.ones(2), True, backend=backend.name)

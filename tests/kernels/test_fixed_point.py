@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 
+from hswq.errors import InputError
 from hswq.kernels import fixed_point
 from tests import oracle
 from tests.kernels import cases
@@ -19,6 +21,8 @@ def wide_values() -> torch.Tensor:
     values = torch.exp2(sizes) * torch.where(torch.arange(2000) % 2 == 0, 1.0, -1.0)
     limit = fixed_point.MEAN_LIMIT
     special = [0.0, limit, -limit, 2.0**-56, -(2.0**-57), 1.5 * 2.0**-56, 255 / 256, 1 - 2.0**-53]
+    # One whose low part rounds up to a whole step of the high part.
+    special.append(2.0**-8 - 2.0**-61)
     return torch.cat((values, torch.tensor(special, dtype=torch.float64)))
 
 
@@ -49,6 +53,24 @@ def test_abs_means_are_rounded_once() -> None:
     steps = fixed_point.to_fixed(values, bits).tolist()
     assert steps == [oracle.round_to_step(Fraction(value), bits) for value in values.tolist()]
     assert fixed_point.fixed_to_fraction(steps[0], bits) == Fraction(steps[0], 2**32)
+
+
+@pytest.mark.parametrize("field", ["calls", "skipped", "mean_y", "mean_y2", "abs_mean"])
+def test_accumulators_of_another_form_are_refused(field: str) -> None:
+    """Kernels write through their addresses: beyond the end of a shorter one, for example."""
+    sums = fixed_point.MonitorAccumulators.zeros(3)
+    value = getattr(sums, field)
+    for bad, message in (
+        (value.int(), f"{field} is int32; it must be int64"),
+        (value.new_zeros(7, 1), rf"{field} has shape \[7, 1\]; it needs \[\d\]"),
+        (value.to("meta"), f"on one device; found .*{field} on meta"),
+    ):
+        with pytest.raises(InputError, match=message):
+            replace(sums, **{field: bad})
+    # One element is always contiguous.
+    if len(value) > 1:
+        with pytest.raises(InputError, match=f"{field} is not contiguous"):
+            replace(sums, **{field: value.new_zeros(len(value), 2)[:, 0]})
 
 
 def test_accumulators_hold_their_calls() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hswq import kernels
-from hswq.errors import InputError
+from hswq.errors import InputError, OptionError
+from hswq.kernels import cpp_backend
 from tests import oracle
 from tests.conftest import Backend
 from tests.kernels import cases
@@ -69,3 +70,18 @@ def test_integers_are_refused(backend: Backend) -> None:
     """A tensor of codes handed in by mistake has no moments."""
     with pytest.raises(InputError, match="y is int64; it must be float16"):
         kernels.moments(torch.ones(3, dtype=torch.int64), backend=backend.name)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_number_of_threads_changes_no_bit(dtype: torch.dtype, backend: Backend) -> None:
+    """A library's sum is split among its threads; statistics would depend on the machine."""
+    y = cases.wide((3 << 20) + 5, dtype=dtype).to(backend.device)
+    assert len(set(cases.on_threads(lambda: kernels.moments(y, backend=backend.name)))) == 1
+
+
+@pytest.mark.parametrize("threads", ["1025", "9" * 30, "9" * 5000])
+def test_absurd_number_of_threads_is_refused(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passed on it would be a TypeError of the binding, or gigabytes of tables."""
+    monkeypatch.setenv("HSWQ_NUM_THREADS", threads)
+    with pytest.raises(OptionError, match="it must be a whole number between 1 and 1024"):
+        cpp_backend._threads()

@@ -138,6 +138,31 @@ def test_largest_contributions_are_counted(backend: Backend) -> None:
     assert sums.mean_y2.tolist() == [2**48, 0]
 
 
+def test_low_part_that_rounds_up_is_carried(backend: Backend) -> None:
+    """A low part of 2**48 is no low part: equal sums would be saved as different files."""
+    # The mean is half a last place of the high part's step below that step.
+    y = torch.tensor([2.0**-7, -(2.0**-60)])
+    for sign in (1, -1):
+        sums = watch([(torch.ones(1, 1), y * sign)], -1, backend)
+        assert sums.mean_y.tolist() == [sign, 0]
+
+
+def test_given_means_cost_nothing_for_the_input(backend: Backend) -> None:
+    """Workspace for an x that is not read is lost time; for this one there is no such memory."""
+    x = torch.ones(1, 1).expand(1 << 60, 1)
+    sums = kernels.MonitorAccumulators.zeros(1, backend.device)
+    abs_mean = torch.ones(1, dtype=torch.float64, device=backend.device)
+    kernels.monitor(
+        x.to(backend.device),
+        torch.ones(2, device=backend.device),
+        -1,
+        sums,
+        abs_mean,
+        backend=backend.name,
+    )
+    assert sums.abs_mean.tolist() == [1 << 32]
+
+
 def test_empty_output_is_skipped(backend: Backend) -> None:
     """A mean over no elements does not exist."""
     assert bits(watch([(torch.ones(2, 3), torch.ones(0))], -1, backend))[:2] == [[0], [1]]

@@ -80,6 +80,28 @@ def test_odd_settings_equal_brute_force(
 
 
 @pytest.mark.slow
+def test_prefix_sums_that_rank_lose_no_small_term(backend: Backend) -> None:
+    """Plain prefix sums err by half a unit a bin here and rank the best threshold out of reach.
+
+    Almost all mass lies in one bin, which both 1.3125 and 1.75 store without error. Of the bins
+    below it, those that 1.3125 rounds higher than 1.75 does hold 0.51 units of the last place: each
+    such mass is rounded up to a whole unit when it is added, each such first moment is lost.
+    """
+    max_abs, bins = 1.75, (1 << 19) - 5
+    largest_bin = (9 * bins // 7 - 1) // 2
+    x = torch.tensor(oracle.centres(max_abs, bins), dtype=torch.float64)
+
+    def rounded(amax: float) -> Tensor:
+        below = torch.searchsorted(torch.tensor(oracle.MIDPOINTS).double(), x * 448 / amax)
+        return torch.tensor(oracle.MAGNITUDES).double()[below] * amax / 448
+
+    hist = (rounded(1.3125) > rounded(1.75)).double() * 0.51 * 2.0**-52
+    hist[largest_bin:] = 0.0
+    hist[largest_bin] = 1.0
+    assert check(hist, max_abs, True, backend, 3, 0)[0] == 1.3125
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 def test_default_preset_equals_brute_force(scaled: bool, backend: Backend) -> None:
     """The sizes that real layers are searched with."""
@@ -113,6 +135,26 @@ def test_better_thresholds_lie_beyond_the_maximum(backend: Backend) -> None:
     """Refinements may look up to 1.2 times the maximum, where the golden answers lie too."""
     amax, _ = check(histogram("heavy tail", 100), 0.0847, True, backend, 50, 3)
     assert amax > np.float32(0.0847)
+
+
+def test_thresholds_end_at_1_2_times_the_maximum(backend: Backend) -> None:
+    """This objective falls from 1.0 to 1.2 times the maximum and on: the end itself is the best."""
+    hist = torch.zeros(9, dtype=torch.float64)
+    hist[[5, 8]] = 0.5
+    assert check(hist, 1.0, True, backend, 2, 3)[0] == np.float32(1.2)
+
+
+@pytest.mark.parametrize("max_abs", [2.9e38, 3.3e38, cases.FLOAT32_MAX])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_thresholds_end_at_the_largest_float32(
+    scaled: bool, max_abs: float, backend: Backend
+) -> None:
+    """1.2 times such a maximum is no float32: an infinite threshold has no objective."""
+    hist = torch.zeros(9, dtype=torch.float64)
+    hist[[5, 8]] = 0.5
+    for some in (hist, histogram("heavy tail", 64)):
+        for candidates in (2, 9):
+            assert math.isfinite(check(some, max_abs, scaled, backend, candidates, 4)[1])
 
 
 def test_layers_in_one_call_are_searched_alone(backend: Backend) -> None:
@@ -162,8 +204,35 @@ def test_damaged_layer_gives_nan_and_spares_the_others(scaled: bool, backend: Ba
     assert (float(amax[1]), float(mse[1])) == expected
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_damaged_histogram_gives_nan(scaled: bool, value: float, backend: Backend) -> None:
+    """No candidate has an objective then; an error of 0 or infinity would look like an answer."""
+    hists = torch.stack([histogram("random", 16)] * 2)
+    hists[0, 3] = value
+    amax, mse = kernels.search_amax(
+        hists.to(backend.device),
+        torch.ones(2, device=backend.device),
+        scaled,
+        5,
+        1,
+        backend=backend.name,
+    )
+    assert amax.isnan().tolist() == mse.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -1.0, -math.inf, -(2.0**-149)])
+def test_maximum_that_is_none_is_refused(bad: float, backend: Backend) -> None:
+    """A negative or infinite maximum has no candidates; each backend would make up its own."""
+    max_abs = torch.tensor([1.0, math.nan, bad])
+    with pytest.raises(InputError, match=f"max_abs is {bad}; it must be finite and >= 0, or NaN"):
+        kernels.search_amax(
+            torch.ones(3, 4, dtype=torch.float64), max_abs, True, 2, 0, backend=backend.name
+        )
+
+
 def test_bad_arguments_are_refused(backend: Backend) -> None:
-    """One candidate has no spacing."""
+    """One candidate has no spacing, and thousands of bins do for any float32 weight."""
     hist, one = torch.ones(4, dtype=torch.float64), torch.ones(())
     with pytest.raises(InputError, match="candidates is 1; it must be at least 2"):
         kernels.search_amax(hist, one, True, 1, 0, backend=backend.name)
@@ -171,3 +240,6 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
         kernels.search_amax(hist, one, True, 2, -1, backend=backend.name)
     with pytest.raises(InputError, match=r"max_abs has shape \[2\]"):
         kernels.search_amax(hist, torch.ones(2), True, 2, 0, backend=backend.name)
+    hist = torch.ones((1 << 20) + 1, dtype=torch.float64)
+    with pytest.raises(InputError, match="bins is 1048577; it must be at most 1048576"):
+        kernels.search_amax(hist, one, True, 2, 0, backend=backend.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hswq import kernels
+from hswq.config import QuantizeConfig
 from hswq.errors import InputError
 from tests import oracle
 from tests.conftest import Backend
@@ -178,9 +180,14 @@ def test_bad_importance_is_refused(importance: Tensor, message: str, backend: Ba
         kernels.weighted_histogram(torch.ones(6, 3, 2), importance, 8, backend=backend.name)
 
 
-def test_empty_weights_and_no_bins_are_refused(backend: Backend) -> None:
-    """There is no histogram of nothing."""
+def test_empty_weights_and_impossible_bins_are_refused(backend: Backend) -> None:
+    """There is no histogram of nothing, and the option --bins ends where the kernels do."""
     with pytest.raises(InputError, match=r"w \[0, 3\] is empty"):
         kernels.weighted_histogram(torch.ones(0, 3), None, 8, backend=backend.name)
     with pytest.raises(InputError, match="bins is 0; it must be at least 1"):
         kernels.weighted_histogram(torch.ones(2, 3), None, 0, backend=backend.name)
+    largest = next(f for f in fields(QuantizeConfig) if f.name == "bins").metadata["maximum"]
+    hist, _ = kernels.weighted_histogram(torch.ones(2, 3), None, largest, backend=backend.name)
+    assert hist[-1] == 1.0
+    with pytest.raises(InputError, match=f"bins is {largest + 1}; it must be at most {largest}"):
+        kernels.weighted_histogram(torch.ones(2, 3), None, largest + 1, backend=backend.name)

@@ -14,6 +14,7 @@ import hswq
 from hswq import kernels
 from hswq.compat import HSWQWeightedHistogramOptimizer
 from hswq.errors import InputError
+from tests.conftest import Backend
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ANSWERS = json.loads((GOLDEN / "search_golden.json").read_text())
@@ -93,6 +94,28 @@ def test_scale_is_never_subnormal() -> None:
     result = hswq.search_amax(weight, scaled=True)
     assert result.scale == 2.0**-126
     assert not kernels.quantize_e4m3(weight, result.amax, result.scale).any()
+
+
+def test_flushed_subnormals_change_no_ordinary_weight(backend: Backend) -> None:
+    """Programs that call torch.set_flush_denormal write the same files, float16's own included."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * 2.0**-14
+    weight = weight.half().to(backend.device)
+    assert (weight.abs() < torch.finfo(torch.float16).smallest_normal).any()
+
+    def everything() -> list[object]:
+        importance = weight[0].float().abs()
+        found = hswq.search_amax(weight, importance, scaled=True, backend=backend.name)
+        codes = kernels.quantize_e4m3(weight, found.amax, found.scale, backend=backend.name)
+        values = kernels.dequantize_e4m3(codes, found.scale, backend=backend.name)
+        return [found, codes.tolist(), values.tolist()]
+
+    expected = everything()
+    try:
+        assert torch.set_flush_denormal(True)
+        found = everything()
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
