@@ -45,8 +45,8 @@ void PackUpper(const double* __restrict upper, size_t columns, size_t first_row,
 }
 
 // Rounds one column of one strip: the codes, and the errors with the sign they are added with.
-void RoundLanes(const double* __restrict values, const float* __restrict scale, double diagonal,
-                double* __restrict errors, uint32_t* __restrict codes) {
+inline void RoundLanes(const double* __restrict values, const float* __restrict scale,
+                       double diagonal, double* __restrict errors, uint32_t* __restrict codes) {
   for (size_t lane = 0; lane < kRowLanes; ++lane) {
     const double value = values[lane];
     const uint32_t code = EncodeE4m3(BitsOf(static_cast<float>(value) / scale[lane]));
@@ -55,6 +55,11 @@ void RoundLanes(const double* __restrict values, const float* __restrict scale, 
     errors[lane] = -((value - rounded) / diagonal);
     codes[lane] = code;
   }
+}
+
+inline void AddLanes(const double* __restrict errors, double coefficient,
+                     double* __restrict values) {
+  for (size_t lane = 0; lane < kRowLanes; ++lane) values[lane] += errors[lane] * coefficient;
 }
 
 void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t columns,
@@ -79,22 +84,22 @@ void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t colu
     for (size_t tile = 0; tile < size; tile += kTileScalars) {
       const size_t tile_end = size - tile < kTileScalars ? size : tile + kTileScalars;
       const double* entries = packed + tile * size;
+      // The errors of the block's columns before the tile, then, column by column, those within it.
       for (size_t row = 0; row < padded_rows; row += kRowLanes) {
-        // The errors of the columns before the tile, then, column by column, those within it.
-        double* strip = values + row * padded + begin * kRowLanes;
-        double* strip_errors = errors + row * kRoundedColumns;
-        MultiplyAddTile(strip_errors, entries, kTileScalars, tile, strip + tile * kRowLanes);
-        for (size_t k = tile; k < tile_end; ++k) {
-          const double* coefficients = entries + k * kTileScalars;
-          double* error = strip_errors + k * kRowLanes;
+        MultiplyAddTile(errors + row * kRoundedColumns, entries, kTileScalars, tile,
+                        values + row * padded + (begin + tile) * kRowLanes);
+      }
+      for (size_t k = tile; k < tile_end; ++k) {
+        const double* coefficients = entries + k * kTileScalars;
+        const auto column = static_cast<size_t>(order[begin + k]);
+        for (size_t row = 0; row < padded_rows; row += kRowLanes) {
+          double* strip = values + row * padded + begin * kRowLanes;
+          double* error = errors + row * kRoundedColumns + k * kRowLanes;
           uint32_t chosen[kRowLanes];
           RoundLanes(strip + k * kRowLanes, scales + row, coefficients[k - tile], error, chosen);
           for (size_t l = k + 1; l < tile_end; ++l) {
-            for (size_t lane = 0; lane < kRowLanes; ++lane) {
-              strip[l * kRowLanes + lane] += error[lane] * coefficients[l - tile];
-            }
+            AddLanes(error, coefficients[l - tile], strip + l * kRowLanes);
           }
-          const auto column = static_cast<size_t>(order[begin + k]);
           for (size_t lane = 0; lane < kRowLanes && row + lane < rows; ++lane) {
             codes[(row + lane) * columns + column] = static_cast<uint8_t>(chosen[lane]);
           }
