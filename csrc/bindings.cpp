@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "dispatch.h"
@@ -124,4 +125,38 @@ PYBIND11_MODULE(_cpp, m) {
       py::arg("y_dtype"), py::arg("y"), py::arg("y_count"), py::arg("has_abs_mean"),
       py::arg("threads"), py::arg("calls"), py::arg("skipped"), py::arg("mean_y"),
       py::arg("mean_y2"), py::arg("abs_mean_sum"), py::arg("abs_mean"), Unlocked());
+
+  using Pair = std::array<size_t, 2>;
+  m.def(
+      "gram",
+      [](DType dtype, uintptr_t x, size_t images, size_t channels, Pair size, Pair kernel,
+         Pair stride, Pair padding, Pair dilation, size_t blocks, bool is_float64, size_t threads,
+         uintptr_t accumulator) {
+        hswq::Patches patches{};
+        patches.channels = channels;
+        for (size_t axis = 0; axis < 2; ++axis) {
+          patches.size[axis] = size[axis];
+          patches.kernel[axis] = kernel[axis];
+          patches.stride[axis] = stride[axis];
+          patches.padding[axis] = padding[axis];
+          patches.dilation[axis] = dilation[axis];
+        }
+        return hswq::Gram(dtype, Pointer<const void>(x), images, patches, blocks, is_float64,
+                          threads, Pointer<void>(accumulator));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("images"), py::arg("channels"), py::arg("size"),
+      py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("blocks"), py::arg("is_float64"), py::arg("threads"), py::arg("accumulator"),
+      Unlocked());
+
+  m.def(
+      "round_compensated",
+      [](DType dtype, uintptr_t weights, size_t rows, size_t columns, uintptr_t upper,
+         uintptr_t scale, uintptr_t order, size_t threads, uintptr_t codes) {
+        hswq::RoundCompensated(dtype, Pointer<const void>(weights), rows, columns,
+                               Pointer<const double>(upper), Pointer<const float>(scale),
+                               Pointer<const int64_t>(order), threads, Pointer<uint8_t>(codes));
+      },
+      py::arg("dtype"), py::arg("weights"), py::arg("rows"), py::arg("columns"), py::arg("upper"),
+      py::arg("scale"), py::arg("order"), py::arg("threads"), py::arg("codes"), Unlocked());
 }

@@ -13,6 +13,11 @@ namespace hswq {
 // the work to outweigh a thread's start.
 constexpr size_t kBlock = size_t{1} << 15;
 
+// Storage for workspaces of any element type.
+struct alignas(64) CacheLine {
+  char bytes[64];
+};
+
 inline size_t BlockCount(size_t count) { return (count + kBlock - 1) / kBlock; }
 
 inline size_t ElementSize(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

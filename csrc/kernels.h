@@ -32,6 +32,56 @@ struct ClipHistogram {
   double* terms;
 };
 
+// Elements of T in one cache line: what the kernels of matrix products process together.
+template <typename T>
+constexpr size_t kLanes = 64 / sizeof(T);
+// Their tile of sums is this many scalars by kLanes.
+constexpr size_t kTileScalars = 4;
+
+static constexpr size_t RoundUp(size_t count, size_t step) {
+  return (count + step - 1) / step * step;
+}
+
+// Compensated rounding takes at most so many rows at once, and their columns in blocks of this
+// size.
+constexpr size_t kRoundedRows = 64;
+constexpr size_t kRoundedColumns = 128;
+
+// Float64 values that it needs as workspace: the rows, the errors of one block of columns and a
+// square of the factor. A whole number of cache lines.
+static constexpr size_t RoundingWorkspace(size_t rows, size_t columns) {
+  return RoundUp(rows, kLanes<double>) * (RoundUp(columns, kTileScalars) + kRoundedColumns) +
+         kRoundedColumns * kRoundedColumns;
+}
+
+// The patches of images [channels, size[0], size[1]]: one row of columns (channel, kernel[0],
+// kernel[1]) for each of output[0] * output[1] positions. The input of a Linear is images of one
+// element with a kernel of one.
+struct Patches {
+  size_t channels;
+  size_t size[2];
+  size_t kernel[2];
+  size_t stride[2];
+  size_t padding[2];
+  size_t dilation[2];
+  size_t output[2];
+};
+
+// Some rows of patches in float32 or float64. Each of `blocks` blocks of `width` columns is cut
+// into strips of kLanes columns, the last padded with zeros; strip s of all blocks begins at
+// s * strip_size elements and holds kLanes elements a row.
+struct GramPanel {
+  size_t blocks;
+  size_t width;
+  size_t strip_size;
+  bool is_float64;
+};
+
+// Most rows of one call that packs them.
+constexpr size_t kPackedRows = 32;
+// Columns on each side of the square of products that one call adds.
+constexpr size_t kGramTile = 128;
+
 struct Kernels {
   const char* isa;
 
@@ -82,6 +132,27 @@ struct Kernels {
   // runs of `inner` elements; float64, slab after slab.
   void (*channel_abs_sum)(DType dtype, const void* values, size_t outer, size_t stride,
                           size_t channels, size_t inner, double* sums);
+
+  // Rounds `rows` <= kRoundedRows rows of a weight [rows, columns] to codepoints as
+  // hswq.kernels.round_compensated defines; upper is [columns, columns] without its lower triangle,
+  // scale [rows], order [columns]. workspace holds RoundingWorkspace(rows, columns) values, best
+  // aligned to a cache line.
+  void (*round_compensated)(DType dtype, const void* weights, size_t rows, size_t columns,
+                            const double* upper, const float* scale, const int64_t* order,
+                            double* workspace, uint8_t* codes);
+
+  // Writes rows first_row ... first_row + rows - 1 of the patches of x, rows <= kPackedRows, to a
+  // panel; `values` is the place of the first of them in the panel's first strip.
+  void (*pack_gram)(DType dtype, const void* x, const Patches& patches, size_t first_row,
+                    size_t rows, const GramPanel& panel, void* values);
+
+  // accumulator[i][j] += sum over `rows` rows of v_i * v_j for the columns i of tile tile_i and j
+  // of tile tile_j >= tile_i of one block, and the same for (j, i). The sum begins with 0 and goes
+  // row by row; products and sums are rounded separately, in the panel's dtype. `values` is the
+  // block's first strip, accumulator [width, width] the block's. products is workspace for
+  // kGramTile * kGramTile elements; best aligned to a cache line, as values are.
+  void (*add_gram)(const GramPanel& panel, size_t rows, size_t tile_i, size_t tile_j,
+                   const void* values, void* products, void* accumulator);
 };
 
 extern const Kernels kBaselineKernels;

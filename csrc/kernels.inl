@@ -4,10 +4,12 @@
 // library: what the linker merges across ISA files might not run on this CPU. Built with
 // -ffp-contract=off and without fast-math, all instruction sets give the same bits.
 
+#include "gram.inl"
 #include "histogram.inl"
 #include "kernels.h"
 #include "monitor.inl"
 #include "quantize.inl"
+#include "rounding.inl"
 #include "search.inl"
 
 namespace hswq {
@@ -27,6 +29,9 @@ constexpr Kernels MakeKernels(const char* isa) {
   kernels.clip_mse = ClipMse;
   kernels.moments = Moments;
   kernels.channel_abs_sum = ChannelAbsSum;
+  kernels.round_compensated = RoundCompensated;
+  kernels.pack_gram = PackGram;
+  kernels.add_gram = AddGram;
   return kernels;
 }
 

@@ -62,6 +62,19 @@ void Monitor(DType x_dtype, const void* x, size_t outer, size_t channels, size_t
              DType y_dtype, const void* y, size_t y_count, bool has_abs_mean, size_t threads,
              const MonitorSums& sums, double* abs_mean);
 
+// Adds the products of the columns of patches to accumulator [blocks, n / blocks, n / blocks],
+// float64 or float32, n = channels * kernel[0] * kernel[1]; both triangles. x is [images, channels,
+// size[0], size[1]]; patches.output is not read. Returns the number of patches, or 0 where x holds
+// a value that is not finite or above 2^40, and then adds nothing.
+size_t Gram(DType dtype, const void* x, size_t images, Patches patches, size_t blocks,
+            bool is_float64, size_t threads, void* accumulator);
+
+// Rounds weights [rows, columns] column by column in the given order; upper is [columns, columns],
+// scale [rows], order [columns].
+void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t columns,
+                      const double* upper, const float* scale, const int64_t* order, size_t threads,
+                      uint8_t* codes);
+
 }  // namespace hswq
 
 #endif  // HSWQ_OPS_H_

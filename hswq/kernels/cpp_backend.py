@@ -184,6 +184,56 @@ def dequantize_e4m3(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return values
 
 
+def gram(
+    x: Tensor,
+    accumulator: Tensor,
+    kernel_size: tuple[int, int] | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    if kernel_size is None:
+        # The input of a Linear is images of one element.
+        kernel_size = (1, 1)
+        x = x.reshape(-1, x.shape[-1], 1, 1)
+    x = x.contiguous()
+    images, channels, height, width = x.shape
+    rows = _cpp.gram(
+        _dtype(x.dtype),
+        x.data_ptr(),
+        images,
+        channels,
+        (height, width),
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        len(accumulator),
+        accumulator.dtype == torch.float64,
+        _threads(),
+        accumulator.data_ptr(),
+    )
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def round_compensated(w: Tensor, upper: Tensor, scale: Tensor, order: Tensor) -> Tensor:
+    rows = len(w)
+    scale = scale.expand(rows).contiguous()
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    _cpp.round_compensated(
+        _dtype(w.dtype),
+        w.data_ptr(),
+        rows,
+        w.numel() // rows,
+        upper.data_ptr(),
+        scale.data_ptr(),
+        order.data_ptr(),
+        _threads(),
+        codes.data_ptr(),
+    )
+    return codes
+
+
 def scaled_matmul(
     x: Tensor,
     codes: Tensor,
@@ -330,6 +380,8 @@ OPS: Mapping[str, Callable[..., Any]] = {
         search_amax,
         quantize_e4m3,
         dequantize_e4m3,
+        gram,
+        round_compensated,
         scaled_matmul,
         scaled_conv2d,
     )

@@ -59,6 +59,51 @@ def test_every_code_equals_the_plain_loop(
     check(w, 1.0, backend, seed=1)
 
 
+def check_against_reference(w: Tensor, scale: float | Tensor, backend: Backend) -> None:
+    upper, order = factor(w.shape[1], seed=3)
+    order = order[torch.randperm(len(order), generator=cases.generator(4))]
+    expected = kernels.round_compensated(w, upper, scale, order, backend="reference")
+    codes = kernels.round_compensated(
+        w.to(backend.device),
+        upper.to(backend.device),
+        scale,
+        order.to(backend.device),
+        backend=backend.name,
+    )
+    assert torch.equal(codes.cpu(), expected)
+
+
+@pytest.mark.parametrize("columns", [4, 5, 63, 64, 65, 127, 128, 129, 131, 257])
+def test_order_of_subtraction_survives_blocks_of_columns(columns: int, backend: Backend) -> None:
+    """Errors summed before they are subtracted, or an edge column of a block left out, change
+    bytes only where a block ends."""
+    check_against_reference(cases.normal(11, columns, sigma=0.02), 0.07 / 448, backend)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 63, 64, 65, 130])
+def test_rows_survive_blocks_of_rows(rows: int, backend: Backend) -> None:
+    """A row at the edge of a block keeps its scale and its place."""
+    scale = torch.rand(rows, generator=cases.generator(2)) * 1e-3 + 1e-4
+    check_against_reference(cases.normal(rows, 37, sigma=0.3, dtype=torch.float16), scale, backend)
+
+
+@pytest.mark.parametrize("steepness", [1.0, 1e30, 1e200])
+def test_wild_factors_give_the_reference_codes(steepness: float, backend: Backend) -> None:
+    """A nearly singular matrix drives values past float32; they saturate alike everywhere."""
+    upper, order = factor(70)
+    upper = upper + torch.full_like(upper, steepness).triu(1).tril(1)
+    w = cases.normal(9, 70, sigma=0.02)
+    expected, codes = (
+        kernels.round_compensated(
+            w.to(device), upper.to(device), 1e-4, order.to(device), backend=name
+        ).cpu()
+        for name, device in (("reference", torch.device("cpu")), (backend.name, backend.device))
+    )
+    # NaN, where infinities met, has no sign to agree on.
+    assert torch.equal(codes & 0x7F == 0x7F, expected & 0x7F == 0x7F)
+    assert torch.equal(codes[codes & 0x7F != 0x7F], expected[expected & 0x7F != 0x7F])
+
+
 def fused_case() -> tuple[Tensor, Tensor]:
     """Return w [1, 2] and U where a fused multiply-add moves the second code.
 

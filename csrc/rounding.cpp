@@ -1,0 +1,31 @@
+#include <algorithm>
+#include <vector>
+
+#include "blocks.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace hswq {
+
+void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t columns,
+                      const double* upper, const float* scale, const int64_t* order, size_t threads,
+                      uint8_t* codes) {
+  const Kernels& kernels = ActiveKernels();
+  // Rows never meet, so their blocks may follow the number of threads.
+  const size_t share = RoundUp((rows + threads - 1) / threads, kLanes<double>);
+  const size_t block_rows = std::min(kRoundedRows, share);
+  const size_t blocks = (rows + block_rows - 1) / block_rows;
+  const size_t lines = RoundingWorkspace(std::min(block_rows, rows), columns) / kLanes<double>;
+  std::vector<std::vector<CacheLine>> workspaces(WorkerCount(blocks, threads),
+                                                 std::vector<CacheLine>(lines));
+  ParallelFor(blocks, threads, [&](size_t block, size_t worker) {
+    const size_t first = block * block_rows;
+    kernels.round_compensated(dtype, Advance(weights, dtype, first * columns),
+                              std::min(block_rows, rows - first), columns, upper, scale + first,
+                              order, reinterpret_cast<double*>(workspaces[worker].data()),
+                              codes + first * columns);
+  });
+}
+
+}  // namespace hswq
