@@ -31,6 +31,8 @@ from hswq.kernels.fixed_point import (
 
 # Elements worked on at once: keeps temporaries below 100 MB and mostly in cache.
 _CHUNK = 1 << 20
+# Sums that `moments` keeps side by side, in cache.
+_LANES = 1 << 16
 _MAGNITUDE_PATTERNS = 1 << 15
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -42,8 +44,8 @@ def unusable_reason() -> str | None:
 
 def moments(y: Tensor) -> Tensor:
     y = y.reshape(-1)
-    lanes = torch.zeros(2, min(_CHUNK, y.numel()), dtype=torch.float64, device=y.device)
-    for part in torch.split(y, _CHUNK):
+    lanes = torch.zeros(2, min(_LANES, y.numel()), dtype=torch.float64, device=y.device)
+    for part in torch.split(y, _LANES):
         values = part.double()
         lanes[0, : len(part)] += values
         lanes[1, : len(part)] += values * values
