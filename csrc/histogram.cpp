@@ -11,6 +11,11 @@
 #include "parallel.h"
 
 namespace hswq {
+namespace {
+
+constexpr size_t kTableBytes = size_t{128} << 20;
+
+}  // namespace
 
 float WeightedHistogram(DType dtype, const void* weights, size_t rows, size_t row_size,
                         const int64_t* importance, size_t groups, size_t bins, size_t threads,
@@ -18,8 +23,11 @@ float WeightedHistogram(DType dtype, const void* weights, size_t rows, size_t ro
   const Kernels& kernels = ActiveKernels();
   const size_t count = rows * row_size;
   const size_t blocks = BlockCount(count);
-  const size_t workers = WorkerCount(blocks, threads);
   const bool is_half = dtype != DType::kFloat32;
+  const size_t table_size = is_half ? kHalfMagnitudes : bins;
+  // Each worker has a table of its own; many bins leave room for fewer.
+  threads = std::min(threads, std::max<size_t>(1, kTableBytes / (table_size * sizeof(int64_t))));
+  const size_t workers = WorkerCount(blocks, threads);
 
   // Without importance every element counts 1 wherever it is: each block is then one row.
   std::vector<int64_t> ones;
@@ -35,7 +43,6 @@ float WeightedHistogram(DType dtype, const void* weights, size_t rows, size_t ro
   };
 
   std::vector<float> maxima(blocks);
-  const size_t table_size = is_half ? kHalfMagnitudes : bins;
   std::vector<std::vector<int64_t>> tables(workers, std::vector<int64_t>(table_size));
   ParallelFor(blocks, threads, [&](size_t block, size_t worker) {
     const size_t first = block * kBlock;
