@@ -126,7 +126,8 @@ void PackGram(DType dtype, const void* x, const Patches& patches, size_t first_r
   }
 }
 
-// target[a][b] += the strips' products; the tile's strip pairs lie [i][j][kLanes][kLanes].
+// Adds the products [kLanes][kLanes] of two strips that begin with columns first_i and first_j, and
+// mirrored unless the strip met itself.
 template <typename T>
 void AddProducts(const T* __restrict products, size_t width, size_t first_i, size_t first_j,
                  T* __restrict accumulator) {

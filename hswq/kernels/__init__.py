@@ -396,9 +396,11 @@ def gram(
     Args:
         x: floating point, [..., n] for a Linear, [B, C, H, W] or [C, H, W] for a convolution.
         accumulator: float32 or float64 [blocks, n / blocks, n / blocks], contiguous, changed in
-        place. kernel_size: of the convolution; None for a Linear. stride: of the convolution.
-        padding: of the convolution, zeros on both sides; other modes: pad x before. dilation: of
-        the convolution.
+            place.
+        kernel_size: of the convolution; None for a Linear.
+        stride: of the convolution.
+        padding: of the convolution, zeros on both sides; other modes: pad x before.
+        dilation: of the convolution.
     Returns:
         int64 []: rows added, 0 where nothing was; no wait for the device.
     Raises:

@@ -136,6 +136,46 @@ def test_product_and_difference_are_rounded_separately(backend: Backend) -> None
     assert codes.tolist() == [[0x38, 0x38]]
 
 
+@pytest.mark.parametrize(
+    ("sources", "target"),
+    [
+        ((0, 1, 2), 3),
+        ((0, 1, 6), 7),
+        ((1, 6, 90), 101),
+        ((3, 5, 63), 64),
+        ((0, 1, 2), 140),
+        ((5, 126, 127), 128),
+        ((0, 127, 128), 130),
+        ((2, 130, 259), 260),
+    ],
+)
+def test_terms_are_subtracted_in_the_order_of_columns(
+    sources: tuple[int, int, int], target: int, backend: Backend
+) -> None:
+    """A blocked kernel that adds up its terms first, or goes backwards, moves codepoints.
+
+    The target's 1 loses 2**60, gains it back, which leaves 0, and gains 3. Backwards it ends at 0;
+    with the terms added up first, at 4.
+    """
+    columns = 261
+    upper = torch.eye(columns, dtype=torch.float64)
+    w = torch.ones(9, columns)
+    for source, term in zip(sources, (2.0**60, -(2.0**60), -3.0), strict=True):
+        # 1 / 32 is lost to rounding.
+        w[:, source] = 1 + 2.0**-5
+        upper[source, target] = 32 * term
+    codes = kernels.round_compensated(
+        w.to(backend.device),
+        upper.to(backend.device),
+        1.0,
+        torch.arange(columns, device=backend.device),
+        backend=backend.name,
+    )
+    expected = torch.full((9, columns), 0x38, dtype=torch.uint8)
+    expected[:, target] = 0x44
+    assert torch.equal(codes.cpu(), expected)
+
+
 def test_rows_have_their_own_scale(backend: Backend) -> None:
     """Rows never meet: neither their errors nor their scales."""
     w = cases.normal(21, 19, sigma=0.02, dtype=torch.bfloat16)
