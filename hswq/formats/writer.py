@@ -43,7 +43,7 @@ def check_room(path: str | os.PathLike[str], least_bytes: int) -> None:
     target = Path(os.path.realpath(path))
     free = _free_bytes(target)
     if free is not None and free < least_bytes:
-        raise _does_not_fit(target, f"at least {least_bytes}", free)
+        raise _does_not_fit(target, f"at least {least_bytes}", free, errno.ENOSPC)
 
 
 class CheckpointWriter:
@@ -237,7 +237,8 @@ class CheckpointWriter:
 
     def _refused(self, error: OSError) -> InputError:
         if error.errno in _DISK_FULL:
-            return _does_not_fit(self.path, str(self.file_bytes), _free_bytes(self.path))
+            free = _free_bytes(self.path)
+            return _does_not_fit(self.path, str(self.file_bytes), free, error.errno or 0)
         cure = _CURES.get(error.errno or 0, f"{error.strerror}; give another path")
         return InputError(f"{self.path} cannot be written: {cure}.")
 
@@ -256,11 +257,11 @@ def _free_bytes(target: Path) -> int | None:
     return found.f_bavail * found.f_frsize if found.f_blocks else None
 
 
-def _does_not_fit(target: Path, needed: str, free: int | None) -> InputError:
+def _does_not_fit(target: Path, needed: str, free: int | None, reason: int) -> InputError:
     return InputError(
         f"{target} does not fit on the disk: it needs {needed} bytes, and "
-        f"{'too few' if free is None else free} are free. Free disk space or quota, or give a path "
-        "on another disk."
+        f"{'too few' if free is None else free} are free ({os.strerror(reason)}). Free disk space "
+        "or quota, or give a path on another disk."
     )
 
 
