@@ -80,11 +80,14 @@ def test_leaving_early_ends_a_reader_that_waits_for_a_buffer(checkpoint: Checkpo
     """An error in the work keeps its loan; the thread must not wait for it for ever."""
     pieces = [Piece.whole(info) for info in checkpoint.tensors.values()]
     before = threading.active_count()
-    with checkpoint:
-        with pytest.raises(ZeroDivisionError), Stream(checkpoint, pieces) as stream:
+
+    def fail() -> None:
+        with checkpoint, Stream(checkpoint, pieces) as stream:
             held = [loan for _, loan in zip(range(3), stream, strict=False)]
-            assert held
-            raise ZeroDivisionError
+            raise ZeroDivisionError(f"{len(held)} loans held")
+
+    with pytest.raises(ZeroDivisionError, match="3 loans"):
+        fail()
     assert threading.active_count() == before
 
 
@@ -92,6 +95,11 @@ def test_errors_of_the_reader_come_up(checkpoint: Checkpoint) -> None:
     pieces = [Piece.whole(info) for info in checkpoint.tensors.values()]
     path = checkpoint.path
     path.write_bytes(path.read_bytes()[:-40])
-    with checkpoint, Stream(checkpoint, pieces) as stream, pytest.raises(FormatError, match="ends"):
-        for loan in stream:
-            loan.release()
+
+    def read_all() -> None:
+        with checkpoint, Stream(checkpoint, pieces) as stream:
+            for loan in stream:
+                loan.release()
+
+    with pytest.raises(FormatError, match="ends"):
+        read_all()
