@@ -1,0 +1,121 @@
+"""Building the extension in other ways than setup.py does: mutated, or watched by a sanitizer."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXTENSION = Path("hswq", "kernels", "_cpp" + sysconfig.get_config_var("EXT_SUFFIX"))
+# Compilers and test runs at a time.
+JOBS = 2
+
+
+def copy_tree(tree: Path) -> Path:
+    """Copy what a build and its tests read, without anything that was built."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("hswq", "csrc", "kernels", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def run_python(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on a copied tree; standard error comes with standard output."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def run_tests(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run tests of a copied tree on its extension alone."""
+    options = ("-q", "-x", "-p", "no:cacheprovider", "--tb=short", "--require-backends=cpp")
+    return run_python(tree, "-m", "pytest", *options, *arguments, **environment)
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler that setup.py would use."""
+    return str(os.environ.get("CXX") or sysconfig.get_config_var("CXX")).split()
+
+
+def complain_without(missing: str | None) -> None:
+    """Skip the test where something is missing, and fail it in continuous integration."""
+    if missing is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+
+
+class Build:
+    """Objects of one csrc folder, compiled with setup.py's flags and more."""
+
+    def __init__(self, csrc: Path, objects: Path, flags: Sequence[str] = ()) -> None:
+        self.csrc = csrc
+        self.objects = objects
+        self.flags = flags
+        self.setup: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
+        objects.mkdir()
+
+    def sources(self) -> list[Path]:
+        """Return what setup.py would compile."""
+        return [
+            source
+            for source in sorted(self.csrc.glob("*.cpp"))
+            if not source.stem.startswith("isa_") or self._isa(source) in self.setup["ISA_FLAGS"]
+        ]
+
+    def dependents(self, file: str) -> list[Path]:
+        """Return the sources compiled so far that are or include a file."""
+        made = [(source, self._object(source).with_suffix(".d")) for source in self.sources()]
+        return [source for source, rule in made if f"/{file}" in rule.read_text()]
+
+    def compile(self, sources: Iterable[Path]) -> None:
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(self._compile, sources))
+
+    def link(self, target: Path, sources: Iterable[Path], *flags: str) -> None:
+        target.unlink(missing_ok=True)
+        objects = [str(self._object(source)) for source in sources]
+        self._run(*objects, *self.flags, *flags, "-pthread", "-o", str(target))
+
+    def _object(self, source: Path) -> Path:
+        return self.objects / f"{source.stem}.o"
+
+    @staticmethod
+    def _isa(source: Path) -> str:
+        return source.stem.removeprefix("isa_")
+
+    def _compile(self, source: Path) -> None:
+        self._run(
+            *self.setup["FLAGS"],
+            *self.setup["ISA_FLAGS"].get(self._isa(source), []),
+            *(["-DHSWQ_X86=1"] if self.setup["IS_X86"] else []),
+            *self.flags,
+            *("-isystem", pybind11.get_include()),
+            *("-isystem", sysconfig.get_path("include")),
+            *("-I", str(self.csrc)),
+            *("-fPIC", "-MMD", "-c", str(source), "-o", str(self._object(source))),
+        )
+
+    def _run(self, *arguments: str) -> None:
+        done = subprocess.run(
+            [*compiler(), *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")
