@@ -62,28 +62,41 @@ def complain_without(missing: str | None) -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
 
 
-class Build:
-    """Objects of one csrc folder, compiled with setup.py's flags and more."""
+def mutate(csrc: Path, file: str, old: str, new: str) -> None:
+    """Replace what occurs exactly once in a source.
 
-    def __init__(self, csrc: Path, objects: Path, flags: Sequence[str] = ()) -> None:
+    Raises:
+        LookupError: it occurs never or more often; the sources have moved on.
+    """
+    text = (csrc / file).read_text()
+    if (count := text.count(old)) != 1:
+        raise LookupError(f"csrc/{file} holds {old!r} {count} times, not once; adapt the mutation.")
+    (csrc / file).write_text(text.replace(old, new))
+
+
+class Build:
+    """Objects of one csrc folder, compiled with setup.py's flags and more.
+
+    Attributes:
+        csrc: folder of the sources.
+        objects: folder of what was compiled from them.
+        flags: of compiler and linker; they win over those of setup.py.
+    """
+
+    def __init__(self, csrc: Path, objects: Path, flags: Sequence[str]) -> None:
         self.csrc = csrc
         self.objects = objects
         self.flags = flags
-        self.setup: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
-        objects.mkdir()
+        self._setup: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
+        objects.mkdir(exist_ok=True)
 
     def sources(self) -> list[Path]:
         """Return what setup.py would compile."""
         return [
             source
             for source in sorted(self.csrc.glob("*.cpp"))
-            if not source.stem.startswith("isa_") or self._isa(source) in self.setup["ISA_FLAGS"]
+            if not source.stem.startswith("isa_") or self._isa(source) in self._setup["ISA_FLAGS"]
         ]
-
-    def dependents(self, file: str) -> list[Path]:
-        """Return the sources compiled so far that are or include a file."""
-        made = [(source, self._object(source).with_suffix(".d")) for source in self.sources()]
-        return [source for source, rule in made if f"/{file}" in rule.read_text()]
 
     def compile(self, sources: Iterable[Path]) -> None:
         with ThreadPoolExecutor(JOBS) as pool:
@@ -97,15 +110,32 @@ class Build:
     def _object(self, source: Path) -> Path:
         return self.objects / f"{source.stem}.o"
 
+    def mutant(self, folder: Path, file: str, old: str, new: str) -> Build:
+        """Return this build, which is complete, with one mutation in a folder of its own.
+
+        Of the instruction sets only the baseline is compiled again: HSWQ_ISA must choose it.
+        """
+        csrc = shutil.copytree(self.csrc, folder / "csrc")
+        mutate(csrc, file, old, new)
+        objects = shutil.copytree(self.objects, folder / "objects")
+        build = Build(csrc, objects, self.flags)
+        stems = [
+            rule.stem
+            for rule in sorted(objects.glob("*.d"))
+            if f"/{file}" in rule.read_text() and rule.stem not in ("isa_avx2", "isa_avx512")
+        ]
+        build.compile(csrc / f"{stem}.cpp" for stem in stems)
+        return build
+
     @staticmethod
     def _isa(source: Path) -> str:
         return source.stem.removeprefix("isa_")
 
     def _compile(self, source: Path) -> None:
         self._run(
-            *self.setup["FLAGS"],
-            *self.setup["ISA_FLAGS"].get(self._isa(source), []),
-            *(["-DHSWQ_X86=1"] if self.setup["IS_X86"] else []),
+            *self._setup["FLAGS"],
+            *self._setup["ISA_FLAGS"].get(self._isa(source), []),
+            *(["-DHSWQ_X86=1"] if self._setup["IS_X86"] else []),
             *self.flags,
             *("-isystem", pybind11.get_include()),
             *("-isystem", sysconfig.get_path("include")),
