@@ -12,7 +12,7 @@ import pytest
 
 from tests.kernels import builds
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("extension")]
+pytestmark = pytest.mark.usefixtures("extension")
 
 ADDRESS_FLAGS = (
     "-O1",
@@ -65,6 +65,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     return Watched(builds.copy_tree(folder / "tree"), build, preload)
 
 
+@pytest.mark.slow
 def test_suite_meets_no_bad_address_and_no_undefined_behaviour(watched: Watched) -> None:
     """Reading past a weight gives right answers until the day its page ends there."""
     watched.build.link(watched.tree / builds.EXTENSION, watched.build.sources(), "-shared")
@@ -78,6 +79,7 @@ def test_suite_meets_no_bad_address_and_no_undefined_behaviour(watched: Watched)
     assert int(passed[1]) > 400, "most of the suite was left out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "report"),
     [
@@ -111,6 +113,16 @@ def test_defect_is_reported(
     assert report in outcome.stdout
 
 
+def test_program_of_threads_calls_every_op() -> None:
+    """An op that it does not know is not watched."""
+    declared = re.findall(
+        r"^\w+ (\w+)\(", (builds.ROOT / "csrc" / "ops.h").read_text(), re.MULTILINE
+    )
+    assert len(declared) >= 8
+    program = CHECK_THREADS.read_text()
+    assert [name for name in declared if f"hswq::{name}(" not in program] == []
+
+
 @pytest.fixture(scope="module")
 def check_threads(
     tmp_path_factory: pytest.TempPathFactory,
@@ -141,6 +153,7 @@ def check_threads(
     return run
 
 
+@pytest.mark.slow
 def test_threads_of_every_op_race_for_nothing(
     check_threads: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
@@ -150,6 +163,7 @@ def test_threads_of_every_op_race_for_nothing(
     assert len(outcome.stdout.splitlines()) > 18
 
 
+@pytest.mark.slow
 def test_race_is_reported(
     check_threads: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

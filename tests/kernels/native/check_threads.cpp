@@ -95,6 +95,8 @@ Bytes Search(DType dtype, const Bytes& elements, bool weighted, size_t threads) 
                      amax.data(), mse.data());
     Append(&result, amax);
     Append(&result, mse);
+    hswq::ClipMse(hists.data(), kBins, max_abs[0], amax.data(), kLayers, scaled, mse.data());
+    Append(&result, mse);
   }
   Append(&result, hists);
   return result;
