@@ -48,6 +48,8 @@ def run_python(tree: Path, *arguments: str, **environment: str) -> subprocess.Co
 def run_tests(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run tests of a copied tree on its extension alone."""
     options = ("-q", "-x", "-p", "no:cacheprovider", "--tb=short", "--require-backends=cpp")
+    # Plugins of the installation take longer to load than some of these tests to run.
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return run_python(tree, "-m", "pytest", *options, *arguments, **environment)
 
 
