@@ -22,7 +22,7 @@ from hswq.kernels import MonitorAccumulators, cpp_backend
 from tests.kernels.cases import DTYPES, FLOAT32_MAX, SIXTEEN_BIT, all_patterns, generator, normal
 
 Digests = dict[str, str]
-THREADS = (1, 2, 3, 7)
+THREADS = (1, 2, 3, 7, 200)
 # A plain FP8 file, a common scale, no power of two, quotients that overflow, become subnormal or
 # come from subnormal scales.
 SCALES = (1.0, 0.07 / 448, 3.0, 2.0**-12, 1e30, 1e-38, 1e-40, 2.0**-149)
@@ -92,7 +92,7 @@ def exact(backend: str) -> Digests:
             kernels.quantize_e4m3(many, 3.3, 0.0071, backend=backend)
         )
         found.update(search(dtype, seed, backend))
-        found[f"round_compensated {dtype}"] = rounded_rows(dtype, seed, backend)
+        found.update(rounded_rows(dtype, seed, backend))
     return found
 
 
@@ -120,13 +120,19 @@ def search(dtype: torch.dtype, seed: int, backend: str) -> Digests:
     return found
 
 
-def rounded_rows(dtype: torch.dtype, seed: int, backend: str) -> str:
-    w = normal(37, 67, sigma=0.02, dtype=dtype, seed=seed)
-    upper = (torch.eye(67) + normal(67, 67, sigma=0.1, seed=seed + 30)).double()
-    upper.diagonal().abs_().add_(0.5)
-    order = torch.randperm(67, generator=generator(seed))
-    scale = normal(37, seed=seed).abs() * 1e-4 + 1e-5
-    return sha(kernels.round_compensated(w, upper, scale, order, backend=backend))
+def rounded_rows(dtype: torch.dtype, seed: int, backend: str) -> Digests:
+    """Round weights that span several blocks of rows and columns, cut at odd places."""
+    w = normal(133, 271, sigma=0.02, dtype=dtype, seed=seed)
+    upper = normal(271, 271, sigma=0.05, seed=seed + 1).double().triu()
+    upper.diagonal().copy_(torch.linspace(0.7, 1.9, 271, dtype=torch.float64) / 3)
+    order = torch.randperm(271, generator=generator(seed))
+    scales = (1.7e-4, torch.rand(133, generator=generator(seed)) * 1e-3 + 1e-5)
+    return {
+        f"round_compensated {dtype}, {kind}": sha(
+            kernels.round_compensated(w, upper, scale, order, backend=backend)
+        )
+        for kind, scale in zip(("one scale", "scales by rows"), scales, strict=True)
+    }
 
 
 def sums(backend: str) -> Digests:
@@ -151,11 +157,22 @@ def _sums(backend: str) -> Iterator[tuple[str, str]]:
         for scaled in (False, True):
             errors = kernels.clip_mse(hist, max_abs, candidates, scaled, backend=backend)
             yield f"clip_mse {dtype}, scaled {scaled}", sha(errors)
-        for accumulator_dtype in (torch.float32, torch.float64):
-            accumulator = torch.zeros(3, 37, 37, dtype=accumulator_dtype)
-            x = normal(517, 111, dtype=dtype, seed=seed)
-            kernels.gram(x, accumulator, backend=backend)
-            yield f"gram {dtype} in {accumulator_dtype}", sha(accumulator)
+        yield from _products(dtype, backend)
+
+
+def _products(dtype: torch.dtype, backend: str) -> Iterator[tuple[str, str]]:
+    """Hash sums over several panels of rows and tiles of columns, cut at odd places."""
+    linear = normal(1100, 3 * 143, dtype=dtype, seed=1)
+    images = normal(2, 33, 31, 29, dtype=dtype, seed=2)
+    geometry = {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 3), "dilation": (2, 1)}
+    for wide in (torch.float32, torch.float64):
+        for blocks in (1, 3):
+            accumulator = normal(blocks, 429 // blocks, 429 // blocks, seed=3).to(wide)
+            kernels.gram(linear, accumulator, backend=backend)
+            yield f"gram {dtype} in {wide}, {blocks} blocks", sha(accumulator)
+            accumulator = normal(blocks, 198 // blocks, 198 // blocks, seed=4).to(wide)
+            kernels.gram(images, accumulator, **geometry, backend=backend)
+            yield f"gram of images {dtype} in {wide}, {blocks} blocks", sha(accumulator)
 
 
 @functools.cache

@@ -79,7 +79,55 @@ def test_near_tie_is_settled_by_the_definition() -> None:
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("value", [-0.3, 0.3, -7.0, -(2.0**-60), 0.0, -0.0, 1e12])
+# Codes and scales whose products lie in the middle of two float16 or bfloat16.
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.bfloat16, 1 + 2.0**-8),
+        (torch.bfloat16, 1 + 3 * 2.0**-8),
+        (torch.float16, 1 + 2.0**-11),
+        (torch.float16, 1 + 3 * 2.0**-11),
+        (torch.float16, 2.0**-17 * 1.5),
+        (torch.bfloat16, 2.0**-126 * (1 + 2.0**-8)),
+    ],
+)
+def test_values_at_ties_are_cast_to_the_even_one(dtype: torch.dtype, scale: float) -> None:
+    """Half of all ties would lie one step too high if they were rounded up."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F].repeat(9)[3:]
+    found, expected = (
+        kernels.dequantize_e4m3(codes, scale, dtype, backend=name) for name in ("cpp", "reference")
+    )
+    products = kernels.dequantize_e4m3(codes, scale, torch.float32, backend="reference")
+    mantissa = 16 if dtype == torch.bfloat16 else 13
+    ties = (products.view(torch.int32) & ((1 << mantissa) - 1)) == 1 << (mantissa - 1)
+    assert bool(ties.any()) or scale < 1, "the case shows no tie"
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+# Bins whose centre lies between two codepoints, normal or subnormal, at the second of two
+# thresholds; the last bin makes sure that it is chosen.
+@pytest.mark.parametrize(
+    ("max_abs", "bins", "tie", "share"),
+    [("0x1.484402p+0", 28, 11, 0.5), ("0x1.62ff88p-1", 32768, 0, 1 - 2.0**-30)],
+)
+def test_ties_of_the_objective_go_down(max_abs: str, bins: int, tie: int, share: float) -> None:
+    """Rounded up, the error has other last bits than the reference's."""
+    hist = torch.zeros(bins, dtype=torch.float64)
+    hist[tie], hist[-1] = share, 1 - share
+    largest = torch.tensor(float.fromhex(max_abs))
+    found, expected = (
+        kernels.search_amax(hist, largest, True, 2, 0, backend=name)
+        for name in ("cpp", "reference")
+    )
+    assert float(expected[0]) == float(largest)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "value", [-0.3, 0.3, -7.0, -(2.0**-60), 0.0, -0.0, 1e12, 0.75 * 2.0**-56, -1.75 * 2.0**-56]
+)
 def test_mean_is_split_into_the_parts_of_the_reference(value: float) -> None:
     """A low part outside [0, 2**48) would overflow after fewer calls than accumulators promise."""
     y = torch.tensor([value])

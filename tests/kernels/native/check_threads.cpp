@@ -123,6 +123,38 @@ Bytes Watch(DType dtype, const Bytes& elements, bool convolution, size_t threads
   return result;
 }
 
+// The products of a Linear's inputs or of a convolution's patches, and weights rounded with a
+// factor of the size of a block of columns and more.
+Bytes Multiply(DType dtype, const Bytes& elements, bool convolution, size_t threads) {
+  constexpr size_t kImages = 3;
+  constexpr size_t kColumns = 180;
+  hswq::Patches patches{kColumns, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {}};
+  if (convolution) patches = {20, {29, 31}, {3, 3}, {2, 1}, {1, 0}, {1, 2}, {}};
+  Bytes result;
+  std::vector<float> single(kColumns * kColumns / 2);
+  hswq::Gram(dtype, elements.data(), convolution ? kImages : 1200, patches, 2, false, threads,
+             single.data());
+  Append(&result, single);
+  std::vector<double> factor(kColumns * kColumns);
+  hswq::Gram(dtype, elements.data(), convolution ? kImages : 1200, patches, 1, true, threads,
+             factor.data());
+  Append(&result, factor);
+  for (size_t k = 0; k < kColumns; ++k) {
+    for (size_t l = 0; l < kColumns; ++l) {
+      factor[k * kColumns + l] = k == l ? 1.0 : static_cast<double>((k * 7 + l) % 13) * 0x1p-8;
+    }
+  }
+  std::vector<int64_t> order(kColumns);
+  for (size_t k = 0; k < kColumns; ++k) order[k] = static_cast<int64_t>(k * 7 % kColumns);
+  constexpr size_t kRoundedRows = 150;
+  std::vector<float> scale(kRoundedRows, 0.37e-2f);
+  std::vector<uint8_t> codes(kRoundedRows * kColumns);
+  hswq::RoundCompensated(dtype, elements.data(), kRoundedRows, kColumns, factor.data(),
+                         scale.data(), order.data(), threads, codes.data());
+  Append(&result, codes);
+  return result;
+}
+
 uint64_t Hash(const Bytes& bytes) {
   uint64_t hash = 14695981039346656037u;
   for (const unsigned char byte : bytes) hash = (hash ^ byte) * 1099511628211u;
@@ -135,7 +167,7 @@ int main() {
   std::printf("isa %s\n", hswq::ActiveKernels().isa);
   using Op = Bytes (*)(DType, const Bytes&, bool, size_t);
   const std::pair<const char*, Op> ops[] = {
-      {"quantize", Quantize}, {"search", Search}, {"watch", Watch}};
+      {"quantize", Quantize}, {"search", Search}, {"watch", Watch}, {"multiply", Multiply}};
   bool same = true;
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
     const Bytes elements = RandomElements(dtype, kCount);
