@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The constraints hold for the build environment too.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl tests/kernels/native/*.cpp)
 
 .PHONY: install dev demo lint test test-slow clean
 

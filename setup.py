@@ -92,16 +92,19 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(
-    packages=[*find_packages(include=["hswq", "hswq.*"]), "hswq.kernels.triton_backend"],
-    # The folder is not called hswq/kernels/triton_backend, since kernels/ is the source tree of all
-    # Triton kernels and must not be a package of its own: one named `kernels` exists on PyPI.
-    package_dir={"hswq.kernels.triton_backend": "kernels/triton_backend"},
-    package_data={
-        "hswq": ["py.typed"],
-        "hswq.calibration": ["prompts.txt"],
-        "hswq.models": ["assets/**/*"],
-    },
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
-)
+# The tests read the flags above from this file.
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["hswq", "hswq.*"]), "hswq.kernels.triton_backend"],
+        # The folder is not called hswq/kernels/triton_backend, since kernels/ is the source tree of
+        # all Triton kernels and must not be a package of its own: one named `kernels` exists on
+        # PyPI.
+        package_dir={"hswq.kernels.triton_backend": "kernels/triton_backend"},
+        package_data={
+            "hswq": ["py.typed"],
+            "hswq.calibration": ["prompts.txt"],
+            "hswq.models": ["assets/**/*"],
+        },
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension},
+    )

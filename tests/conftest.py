@@ -1,7 +1,8 @@
 """Fixtures of all tests: one suite runs on every kernel backend.
 
-The tests of a backend that is not usable are left out, counted and named with the reason at the
-end; --require-backends turns that into failures. With TRITON_INTERPRET=1 in the environment the
+The tests of a backend that is not usable, or of an instruction set that this CPU lacks, are left
+out, counted and named with the reason at the end; --require-backends turns that into failures of
+the backend's tests. With TRITON_INTERPRET=1 in the environment the
 Triton kernels run without a GPU.
 """
 
@@ -17,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hswq.kernels import BACKENDS, dispatch
+from hswq.kernels import BACKENDS, cpp_backend, dispatch
 
 # The tiny checkpoint of the tests of driver and command line.
 pytest_plugins = ["tests.tiny"]
 
-LEFT_OUT = pytest.StashKey[Counter[str]]()
+# What could not be tested and why, with the number of tests.
+LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,41 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+def lacking(item: pytest.Item, config: pytest.Config) -> tuple[str, str] | None:
+    """Return what a test needs that is neither here nor required, and why it is not here."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend, isa = parameters.get("backend"), parameters.get("isa")
+    if backend is not None and backend not in required_backends(config):
+        reasons = {status.name: status.reason for status in dispatch.backend_report()}
+        if (reason := reasons[backend]) is not None:
+            return f"backend {backend}", reason
+    # Without the extension such a test stays, and skips or fails by itself.
+    if isa is not None and cpp_backend.unusable_reason() is None:
+        supported = cpp_backend._cpp.supported_isas()
+        if isa not in supported:
+            return f"instruction set {isa}", f"this build and CPU offer {', '.join(supported)}"
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take the tests of backends that are neither usable nor required out of the run."""
-    usable = {status.name for status in dispatch.backend_report() if status.usable}
+    """Take the tests that cannot run on this machine out of the run."""
     left_out = []
+    counts = config.stash.setdefault(LEFT_OUT, Counter())
     for item in items:
-        name = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if name is not None and name not in usable | required_backends(config):
+        if (missing := lacking(item, config)) is not None:
             left_out.append(item)
-            counts = config.stash.setdefault(LEFT_OUT, Counter())
-            counts[name] += 1
+            counts[missing] += 1
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    reasons = {status.name: status.reason for status in dispatch.backend_report()}
-    for name, count in config.stash.get(LEFT_OUT, Counter()).items():
-        terminalreporter.write_line(f"NOT TESTED: backend {name}, {count} tests: {reasons[name]}")
+    for (what, reason), count in config.stash.get(LEFT_OUT, Counter()).items():
+        terminalreporter.write_line(f"NOT TESTED: {what}, {count} tests: {reason}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hswq import kernels
 from tests.conftest import Backend
+from tests.kernels.cases import DTYPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def pseudo_random(*shape: int, seed: int) -> Tensor:
 def digest(backend: str, device: str) -> str:
     """Hash the results of every op that is exact, on tensors larger than any piece of work."""
     results: list[Tensor] = []
-    for seed, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32)):
+    for seed, dtype in enumerate(DTYPES):
         w = pseudo_random(1100, 1021, seed=seed).to(device, dtype)
         importance = pseudo_random(1021, seed=seed + 10).abs()
         hist, max_abs = kernels.weighted_histogram(w, importance, 4096, backend=backend)
@@ -75,6 +76,26 @@ def test_threads_and_instruction_set_change_no_bit() -> None:
         assert (seen_capability.lower(), seen_threads) == (capability, threads)
         digests.add(value)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_place_in_memory_changes_no_sum(dtype: torch.dtype, backend: Backend) -> None:
+    """A sum whose order follows the alignment of its input would change from run to run."""
+    shape = (3, 70, 5, 61)
+    values = pseudo_random(*shape, seed=1).to(backend.device, dtype)
+    found = set()
+    for offset in (0, 1, 3, 8, 17):
+        y = torch.zeros(values.numel() + offset, dtype=dtype, device=backend.device)[offset:]
+        y = y.copy_(values.reshape(-1)).reshape(shape)
+        total = kernels.MonitorAccumulators.zeros(70, backend.device)
+        results = [
+            kernels.moments(y, backend=backend.name),
+            kernels.channel_abs_mean(y, -1, backend=backend.name),
+            kernels.monitor(y, y, -3, total, backend=backend.name),
+            *(total.calls, total.mean_y, total.mean_y2, total.abs_mean),
+        ]
+        found.add(str([result.tolist() for result in results]))
+    assert len(found) == 1
 
 
 def test_every_backend_gives_the_bits_of_the_reference(backend: Backend) -> None:
