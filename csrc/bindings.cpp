@@ -36,6 +36,11 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("active_isa", [] { return hswq::ActiveKernels().isa; });
 
   m.def(
+      "prefer_huge_pages",
+      [](uintptr_t begin, size_t size) { hswq::PreferHugePages(Pointer<void>(begin), size); },
+      py::arg("begin"), py::arg("size"), Unlocked());
+
+  m.def(
       "quantize_e4m3",
       [](DType dtype, uintptr_t weights, size_t rows, size_t row_size, uintptr_t amax,
          uintptr_t scale, size_t threads, uintptr_t codes) {

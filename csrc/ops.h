@@ -11,6 +11,10 @@
 
 namespace hswq {
 
+// Asks the system to back fresh memory with huge pages: the first touch of small ones costs more
+// than rounding what goes into them.
+void PreferHugePages(void* begin, size_t size);
+
 // codes[r][i] = encode(clamp(w[r][i], -amax[r], amax[r]) / scale[r]); amax and scale hold `rows`
 // values. Kernels::quantize_e4m3 states the ranges.
 void QuantizeE4m3(DType dtype, const void* weights, size_t rows, size_t row_size, const float* amax,

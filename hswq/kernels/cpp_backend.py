@@ -27,6 +27,8 @@ from hswq.kernels.reference import activate, quantize_rows
 _TILE = 1 << 21
 _ACTIVATIONS_TILE = 1 << 23
 _ONE = torch.ones(())
+# Bytes from which on a result is worth a system call.
+_HUGE_FROM = 4 << 20
 
 # More than any machine has cores; each thread has tables of its own.
 _MOST_THREADS = 1024
@@ -155,7 +157,7 @@ def search_amax(
 def quantize_e4m3(w: Tensor, amax: Tensor, scale: Tensor) -> Tensor:
     rows = max(amax.numel(), scale.numel())
     amax, scale = amax.expand(rows).contiguous(), scale.expand(rows).contiguous()
-    codes = torch.empty(w.shape, dtype=torch.uint8)
+    codes = _empty(w.shape, torch.uint8)
     _cpp.quantize_e4m3(
         _dtype(w.dtype),
         w.data_ptr(),
@@ -171,7 +173,7 @@ def quantize_e4m3(w: Tensor, amax: Tensor, scale: Tensor) -> Tensor:
 
 def dequantize_e4m3(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     rows = scale.numel()
-    values = torch.empty(codes.shape, dtype=dtype)
+    values = _empty(codes.shape, dtype)
     _cpp.dequantize_e4m3(
         codes.data_ptr(),
         rows,
@@ -338,6 +340,14 @@ def _finish(
 def _slices(size: int, step: int) -> Iterator[slice]:
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return memory for a result; what is large comes in huge pages, if the system has any."""
+    result = torch.empty(shape, dtype=dtype)
+    if result.nbytes >= _HUGE_FROM:
+        _cpp.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
 
 
 def _dtype(dtype: torch.dtype) -> Any:
