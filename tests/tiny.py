@@ -9,7 +9,6 @@ import pytest
 
 import hswq
 from hswq.calibration import Calibration
-from tests.checkpoints import write_tiny_pipeline, write_tiny_sdxl
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,9 @@ def tiny_calibration_config(pipeline: Path, **options: object) -> hswq.Calibrati
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
+    # Imports diffusers, for which the tests of kernels, often started alone, need not wait.
+    from tests.checkpoints import write_tiny_pipeline, write_tiny_sdxl
+
     folder = tmp_path_factory.mktemp("tiny")
     checkpoint, pipeline = folder / "tiny.safetensors", folder / "pipeline"
     write_tiny_pipeline(pipeline)

@@ -105,6 +105,23 @@ def test_values_at_ties_are_cast_to_the_even_one(dtype: torch.dtype, scale: floa
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
+def test_compensated_errors_are_those_of_float32_values() -> None:
+    """What a loader computes with is the rounded product of code and scale. Here the second column
+    is what the first one's error takes from it, magnified: only its last bits are left."""
+    scale = normal(200, seed=2).abs() * 1e-4 + 1e-5
+    first = normal(200, sigma=0.02)
+    codes = kernels.quantize_e4m3(first[:, None], 1e3, scale, backend="reference")
+    values = kernels.dequantize_e4m3(codes, scale, backend="reference")[:, 0]
+    upper = torch.tensor([[1.0, 2.0**20], [0.0, 1.0]], dtype=torch.float64)
+    second = (first.double() - values.double()) * upper[0, 1]
+    w = torch.stack((first, second.float()), 1)
+    found, expected = (
+        kernels.round_compensated(w, upper, scale, torch.arange(2), backend=name)
+        for name in ("cpp", "reference")
+    )
+    assert torch.equal(found, expected)
+
+
 # Bins whose centre lies between two codepoints, normal or subnormal, at the second of two
 # thresholds; the last bin makes sure that it is chosen.
 @pytest.mark.parametrize(
