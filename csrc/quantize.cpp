@@ -19,11 +19,11 @@ void QuantizeByTable(DType dtype, const uint16_t* weights, size_t count, float a
   std::vector<uint16_t> patterns(kHalfPatterns);
   std::iota(patterns.begin(), patterns.end(), uint16_t{0});
   std::vector<uint8_t> table(kHalfPatterns);
-  ParallelFor(BlockCount(kHalfPatterns), threads, [&](size_t block, size_t) {
-    const size_t first = block * kBlock;
-    kernels.quantize_e4m3(dtype, patterns.data() + first, kBlock, amax, scale,
-                          table.data() + first);
-  });
+  {
+    // Another thread would take as long to start as to help.
+    const ScopedFloatEnvironment environment;
+    kernels.quantize_e4m3(dtype, patterns.data(), kHalfPatterns, amax, scale, table.data());
+  }
   ParallelFor(BlockCount(count), threads, [&](size_t block, size_t) {
     const size_t first = block * kBlock;
     kernels.look_up_codes(weights + first, std::min(kBlock, count - first), table.data(),
