@@ -348,8 +348,12 @@ def roundings(draw: st.DrawFn) -> tuple[Tensor, Tensor, float | Tensor, Tensor]:
 @fuzz(roundings())
 def test_compensated_codes_equal_the_reference(case: tuple[Any, ...]) -> None:
     """Rounding errors are spread in a fixed order."""
-    found, expected = both("round_compensated", *case)
-    assert same(found, expected)
+    # Where a value of a code overflows, errors become Inf - Inf: NaN of no particular sign.
+    unsigned = [
+        torch.where((codes & 0x7F) == 0x7F, codes & 0x7F, codes)
+        for codes in both("round_compensated", *case)
+    ]
+    assert torch.equal(*unsigned)
 
 
 @st.composite

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <sys/reboot.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
 int main(void) {
@@ -19,6 +20,9 @@ int main(void) {
     printf("status of %s: %d\n", isas[i], status);
     fflush(stdout);
   }
+  // The serial line must send its last words before the power goes.
+  tcdrain(STDOUT_FILENO);
+  sleep(1);
   reboot(RB_POWER_OFF);
   for (;;) pause();
 }
