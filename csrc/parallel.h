@@ -7,9 +7,6 @@
 #include <atomic>
 #include <cfenv>
 #include <cstddef>
-#include <exception>
-#include <thread>
-#include <vector>
 
 namespace hswq {
 
@@ -34,25 +31,24 @@ inline size_t WorkerCount(size_t blocks, size_t threads) {
   return std::max<size_t>(1, std::min(blocks, threads));
 }
 
+// Calls function(context, worker) for worker 0 on this thread and for others below `workers` on
+// threads that are kept for the next call. Where those are busy or cannot be had, fewer or none
+// run: the one on this thread has to finish the work alone. function must not throw.
+void RunOnWorkers(size_t workers, void (*function)(void* context, size_t worker), void* context);
+
 // Calls body(block, worker) once for every block below `blocks`, worker < WorkerCount(blocks,
 // threads). The calling thread is worker 0. body must not throw.
 template <typename Body>
 void ParallelFor(size_t blocks, size_t threads, const Body& body) {
   std::atomic<size_t> next{0};
-  const auto work = [&](size_t worker) noexcept {
+  auto work = [&](size_t worker) noexcept {
     const ScopedFloatEnvironment environment;
     for (size_t block = next++; block < blocks; block = next++) body(block, worker);
   };
-  const size_t workers = WorkerCount(blocks, threads);
-  std::vector<std::thread> helpers;
-  helpers.reserve(workers - 1);
-  try {
-    for (size_t worker = 1; worker < workers; ++worker) helpers.emplace_back(work, worker);
-  } catch (const std::exception&) {
-    // The system gives no more threads: those there are take over all blocks.
-  }
-  work(0);
-  for (std::thread& helper : helpers) helper.join();
+  using Work = decltype(work);
+  RunOnWorkers(
+      WorkerCount(blocks, threads),
+      [](void* context, size_t worker) { (*static_cast<Work*>(context))(worker); }, &work);
 }
 
 }  // namespace hswq

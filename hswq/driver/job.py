@@ -106,7 +106,9 @@ class Job:
             InputError: the weight is not finite.
         """
         # A sum of squares in float64 is finite where all values are.
-        if not math.isfinite(float(kernels.moments(weight, backend=self.config.backend)[2])):
+        if not math.isfinite(
+            float(kernels.moments(weight.to(self.device), backend=self.config.backend)[2])
+        ):
             layer = self.layers.get(key)
             described = f"tensor {key!r}" if layer is None else f"layer {layer.name!r} ({key})"
             raise InputError(

@@ -95,7 +95,7 @@ class Stream:
     def __enter__(self) -> Stream:
         largest = max((piece.nbytes for piece in self._pieces), default=0)
         for _ in range(_BUFFERS):
-            self._free.put(torch.empty(largest, dtype=torch.uint8))
+            self._free.put(torch.empty(largest, dtype=torch.uint8, device="cpu"))
         return self
 
     def __exit__(
@@ -104,8 +104,9 @@ class Stream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Wakes a reader that waits for a buffer which nobody gives back any more.
-        self._free.put(None)
+        # Wakes readers that wait for a buffer which nobody gives back any more.
+        for _ in range(_READS_AHEAD):
+            self._free.put(None)
         self._ahead.shutdown(cancel_futures=True)
         self._behind.shutdown(cancel_futures=True)
 

@@ -165,7 +165,7 @@ def row_values(
         else:
             check_shape(op, name, value, [rows], f"one value per row of {rows} rows")
     else:
-        value = torch.tensor(value, dtype=torch.float32)
+        value = torch.tensor(value, dtype=torch.float32, device="cpu")
     check_range(op, name, value, positive=name.endswith("scale"))
     return value.detach().to(device).contiguous()
 

@@ -9,7 +9,7 @@ nor on the instruction set (the best of the CPU; HSWQ_ISA forces baseline, avx2 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from hswq.kernels.reference import activate, quantize_rows
 # is larger, since weights are decoded anew for each.
 _TILE = 1 << 21
 _ACTIVATIONS_TILE = 1 << 23
-_ONE = torch.ones(())
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 # Bytes from which on a result is worth a system call.
 _HUGE_FROM = 4 << 20
 
@@ -56,14 +56,14 @@ def unusable_reason() -> str | None:
 
 def moments(y: Tensor) -> Tensor:
     y = y.contiguous()
-    sums = torch.empty(3, dtype=torch.float64)
+    sums = _empty(3, torch.float64)
     _cpp.moments(_dtype(y.dtype), y.data_ptr(), y.numel(), _threads(), sums.data_ptr())
     return sums
 
 
 def channel_abs_mean(x: Tensor, dim: int) -> Tensor:
     x = x.contiguous()
-    means = torch.empty(x.shape[dim], dtype=torch.float64)
+    means = _empty(x.shape[dim], torch.float64)
     _cpp.channel_abs_mean(
         _dtype(x.dtype), x.data_ptr(), *_channel_layout(x, dim), _threads(), means.data_ptr()
     )
@@ -76,7 +76,7 @@ def monitor(
     has_abs_mean = abs_mean is not None
     if abs_mean is None:
         x = x.contiguous()
-        abs_mean = torch.empty(x.shape[dim], dtype=torch.float64)
+        abs_mean = _empty(x.shape[dim], torch.float64)
     abs_mean, y = abs_mean.contiguous(), y.contiguous()
     _cpp.monitor(
         _dtype(x.dtype),
@@ -102,7 +102,7 @@ def weighted_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple
     fixed = None
     if importance is not None:
         fixed = importance_to_fixed(importance, w.numel()).repeat_interleave(kernel, dim=1)
-    hist = torch.empty(bins, dtype=torch.float64)
+    hist = _empty(bins, torch.float64)
     max_abs = _cpp.weighted_histogram(
         _dtype(w.dtype),
         w.data_ptr(),
@@ -114,12 +114,12 @@ def weighted_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple
         _threads(),
         hist.data_ptr(),
     )
-    return hist, torch.tensor(max_abs, dtype=torch.float32)
+    return hist, torch.tensor(max_abs, dtype=torch.float32, device="cpu")
 
 
 def clip_mse(hist: Tensor, max_abs: Tensor, candidates: Tensor, scaled: bool) -> Tensor:
     hist, candidates = hist.contiguous(), candidates.contiguous()
-    mse = torch.empty(candidates.shape, dtype=torch.float64)
+    mse = _empty(candidates.shape, torch.float64)
     _cpp.clip_mse(
         hist.data_ptr(),
         hist.numel(),
@@ -137,8 +137,8 @@ def search_amax(
 ) -> tuple[Tensor, Tensor]:
     hists, max_abs = hists.contiguous(), max_abs.contiguous()
     layers, bins = hists.shape
-    amax = torch.empty(layers, dtype=torch.float32)
-    mse = torch.empty(layers, dtype=torch.float64)
+    amax = _empty(layers, torch.float32)
+    mse = _empty(layers, torch.float64)
     _cpp.search_amax(
         hists.data_ptr(),
         layers,
@@ -215,13 +215,13 @@ def gram(
         _threads(),
         accumulator.data_ptr(),
     )
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def round_compensated(w: Tensor, upper: Tensor, scale: Tensor, order: Tensor) -> Tensor:
     rows = len(w)
     scale = scale.expand(rows).contiguous()
-    codes = torch.empty(w.shape, dtype=torch.uint8)
+    codes = _empty(w.shape, torch.uint8)
     _cpp.round_compensated(
         _dtype(w.dtype),
         w.data_ptr(),
@@ -247,11 +247,12 @@ def scaled_matmul(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     inputs, outputs = rows.shape[1], len(codes)
-    result = torch.empty(len(rows), outputs, dtype=x.dtype)
+    result = _empty((len(rows), outputs), x.dtype)
     tile = _tile_rows(outputs, inputs)
     height = min(len(rows), max(1, _ACTIVATIONS_TILE // max(inputs, tile)))
     # One buffer each: fresh pages would cost as much as the decoding.
-    weights, products = torch.empty(tile, inputs), torch.empty(height * tile)
+    weights = _empty((tile, inputs), torch.float32)
+    products = _empty(height * tile, torch.float32)
     for part in _slices(len(rows), height):
         values, input_scales = _inputs(rows[part], input_scale, compute)
         for some in _slices(outputs, tile):
@@ -279,7 +280,7 @@ def scaled_conv2d(
     by_group = codes.reshape(groups, -1, *codes.shape[1:])
     channels, outputs = x.shape[1] // groups, by_group.shape[1]
     tile = _tile_rows(outputs, by_group[0, 0].numel())
-    weights = torch.empty(tile, *codes.shape[1:])
+    weights = _empty((tile, *codes.shape[1:]), torch.float32)
     images = []
     for image in x:
         values, input_scales = _inputs(image.reshape(1, -1), input_scale, compute)
@@ -342,9 +343,13 @@ def _slices(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return memory for a result; what is large comes in huge pages, if the system has any."""
-    result = torch.empty(shape, dtype=dtype)
+def _empty(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return memory whose address the extension may have.
+
+    It lies on the CPU whatever the caller's default device is. What is large comes in huge pages,
+    if the system has any.
+    """
+    result = torch.empty(shape, dtype=dtype, device="cpu")
     if result.nbytes >= _HUGE_FROM:
         _cpp.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result

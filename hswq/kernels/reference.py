@@ -174,7 +174,7 @@ def _search_layer(
     if largest == 0.0 or not math.isfinite(largest):
         return (0.0, 0.0) if largest == 0.0 else (math.nan, math.nan)
     centres = _bin_centres(largest, hist.numel())
-    steps = torch.arange(candidates, dtype=torch.float64)
+    steps = torch.arange(candidates, dtype=torch.float64, device="cpu")
     best_amax, best_mse = math.nan, math.inf
     low, high = 0.5 * largest, largest
     for _ in range(refinements + 1):
@@ -273,7 +273,7 @@ def tree_sum(values: Tensor) -> Tensor:
 
 
 def _bin_centres(largest: float, bins: int) -> Tensor:
-    return (torch.arange(bins, dtype=torch.float64) + 0.5) * (largest / bins)
+    return (torch.arange(bins, dtype=torch.float64, device="cpu") + 0.5) * (largest / bins)
 
 
 @functools.cache

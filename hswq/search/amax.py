@@ -38,7 +38,9 @@ class AmaxResult:
         """
         if self.amax == 0.0:
             return 1.0
-        return float(torch.tensor(max(self.amax / E4M3_MAX, 2.0**-126), dtype=torch.float32))
+        return float(
+            torch.tensor(max(self.amax / E4M3_MAX, 2.0**-126), dtype=torch.float32, device="cpu")
+        )
 
     @property
     def relative_mse(self) -> float:
@@ -54,7 +56,7 @@ def histogram_power(hist: Tensor, max_abs: float) -> float:
         max_abs: right edge of the last bin.
     """
     bins = hist.numel()
-    centres = (torch.arange(bins, dtype=torch.float64) + 0.5) * (max_abs / bins)
+    centres = (torch.arange(bins, dtype=torch.float64, device="cpu") + 0.5) * (max_abs / bins)
     return float(kernels.tree_sum(hist.cpu() * centres * centres))
 
 
