@@ -5,12 +5,15 @@ That its ops compute what they should is the business of the suite that all back
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from hswq import kernels
 from hswq.errors import OptionError
 from hswq.kernels import MonitorAccumulators
+from tests.kernels import builds
 from tests.kernels.cases import DTYPES, normal
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -166,3 +169,32 @@ def test_flushing_subnormals_elsewhere_changes_no_codepoint() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(codes, expected)
+
+
+def test_calls_from_several_threads_do_not_wait_for_each_other() -> None:
+    """One call at a time has the helper threads; the others must still do all their work."""
+    weights = [normal(1_000_003, sigma=0.02, dtype=torch.float16, seed=seed) for seed in range(6)]
+    expected = [kernels.quantize_e4m3(w, 0.05, 0.05 / 448, backend="reference") for w in weights]
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        for _ in range(5):
+            found = pool.map(
+                lambda w: kernels.quantize_e4m3(w, 0.05, 0.05 / 448, backend="cpp"), weights
+            )
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+FORK = """
+import os, torch
+from hswq import kernels
+w = torch.arange(1_000_000, dtype=torch.float32)
+expected = kernels.moments(w, backend="cpp")
+if os.fork() == 0:
+    os._exit(0 if torch.equal(kernels.moments(w, backend="cpp"), expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_forked_process_has_threads_of_its_own() -> None:
+    """The parent's do not exist there: who waits for them waits for ever."""
+    outcome = builds.run_python(builds.ROOT, "-W", "ignore", "-c", FORK, HSWQ_NUM_THREADS="3")
+    assert outcome.returncode == 0, outcome.stdout

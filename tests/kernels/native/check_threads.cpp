@@ -65,6 +65,7 @@ Bytes Quantize(DType dtype, const Bytes& elements, bool by_rows, size_t threads)
     scale[row] = 0.37e-3f * static_cast<float>(row + 1);
   }
   std::vector<uint8_t> codes(kCount);
+  hswq::PreferHugePages(codes.data(), codes.size());
   hswq::QuantizeE4m3(dtype, elements.data(), rows, kCount / rows, amax.data(), scale.data(),
                      threads, codes.data());
   std::vector<float> values(kCount);
