@@ -285,8 +285,15 @@ MUTATIONS = [
         (
             "channel means keep the sign",
             "monitor.inl",
-            "static_cast<double>(Magnitude(Format::ToFloat(slab[c])))",
-            "static_cast<double>(Format::ToFloat(slab[c]))",
+            "static_cast<double>(Magnitude(Format::ToFloat(value)))",
+            "static_cast<double>(Format::ToFloat(value))",
+            "channel_abs_mean",
+        ),
+        (
+            "the last rows of four are dropped",
+            "monitor.inl",
+            "for (; row < rows; ++row, values += stride) {",
+            "for (; row + 4 <= rows; ++row, values += stride) {",
             "channel_abs_mean",
         ),
         (
