@@ -25,7 +25,7 @@ FLAGS = [
     "-g0",
     "-std=c++17",
     "-ffp-contract=off",
-    "-fno-trapping-math",
+    "-fno-trapping-math", "-fno-math-errno",
     "-fvisibility=hidden",
     "-pthread",
     "-Wall",

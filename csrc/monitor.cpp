@@ -73,11 +73,12 @@ class ChannelAbsWork {
   void Finish(double* means) const {
     const ScopedFloatEnvironment environment;
     const double count = static_cast<double>(outer_) * static_cast<double>(inner_);
-    for (size_t c = 0; c < channels_; ++c) {
-      double sum = 0.0;
-      for (size_t row = 0; row < rows_; ++row) sum += partial_[row * channels_ + c];
-      means[c] = sum / count;
+    std::fill_n(means, channels_, 0.0);
+    for (size_t row = 0; row < rows_; ++row) {
+      const double* sums = partial_.data() + row * channels_;
+      for (size_t c = 0; c < channels_; ++c) means[c] += sums[c];
     }
+    for (size_t c = 0; c < channels_; ++c) means[c] /= count;
   }
 
  private:
@@ -153,7 +154,7 @@ void Monitor(DType x_dtype, const void* x, size_t outer, size_t channels, size_t
   AddPair(mean, sums.mean_y);
   AddPair(mean_square, sums.mean_y2);
   for (size_t c = 0; c < channels; ++c) {
-    sums.abs_mean[c] += static_cast<int64_t>(std::nearbyint(abs_mean[c] * 0x1p32));
+    sums.abs_mean[c] += std::llrint(abs_mean[c] * 0x1p32);
   }
 }
 

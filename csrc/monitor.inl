@@ -46,41 +46,29 @@ void Moments(DType dtype, const void* values, size_t count, double* sums) {
 }
 
 template <typename Format>
-inline double AbsSum(const typename Format::Storage* __restrict values, size_t count) {
-  double sum[kSumLanes] = {};
-  const auto add = [&](size_t i, size_t lane) {
-    sum[lane] += static_cast<double>(Magnitude(Format::ToFloat(values[i])));
-  };
-  size_t i = 0;
-  for (; i + kSumLanes <= count; i += kSumLanes) {
-    for (size_t lane = 0; lane < kSumLanes; ++lane) add(i + lane, lane);
-  }
-  for (size_t lane = 0; i + lane < count; ++lane) add(i + lane, lane);
-  return SumOfLanes(sum);
-}
-
-template <typename Format>
 inline double AbsValue(typename Format::Storage value) {
   return static_cast<double>(Magnitude(Format::ToFloat(value)));
 }
 
-// sums[c] += sum |v[o][c]|, row after row; four rows share one pass over the sums.
 template <typename Format>
-void AddRows(const typename Format::Storage* __restrict values, size_t rows, size_t stride,
-             size_t channels, double* __restrict sums) {
-  size_t row = 0;
-  for (; row + 4 <= rows; row += 4, values += 4 * stride) {
-    for (size_t c = 0; c < channels; ++c) {
-      double sum = sums[c];
-      sum += AbsValue<Format>(values[c]);
-      sum += AbsValue<Format>(values[c + stride]);
-      sum += AbsValue<Format>(values[c + 2 * stride]);
-      sum += AbsValue<Format>(values[c + 3 * stride]);
-      sums[c] = sum;
-    }
+inline double AbsSum(const typename Format::Storage* __restrict values, size_t count) {
+  double sum[kSumLanes] = {};
+  size_t i = 0;
+  for (; i + kSumLanes <= count; i += kSumLanes) {
+    for (size_t lane = 0; lane < kSumLanes; ++lane) sum[lane] += AbsValue<Format>(values[i + lane]);
   }
-  for (; row < rows; ++row, values += stride) {
-    for (size_t c = 0; c < channels; ++c) sums[c] += AbsValue<Format>(values[c]);
+  for (size_t lane = 0; i + lane < count; ++lane) sum[lane] += AbsValue<Format>(values[i + lane]);
+  return SumOfLanes(sum);
+}
+
+// sums[c] += sum |v[o][c]| over the next Rows rows, one after the other.
+template <typename Format, size_t Rows>
+inline void AddRows(const typename Format::Storage* __restrict values, size_t stride,
+                    size_t channels, double* __restrict sums) {
+  for (size_t c = 0; c < channels; ++c) {
+    double sum = sums[c];
+    for (size_t row = 0; row < Rows; ++row) sum += AbsValue<Format>(values[c + row * stride]);
+    sums[c] = sum;
   }
 }
 
@@ -88,7 +76,12 @@ template <typename Format>
 void ChannelAbsSumBlock(const typename Format::Storage* __restrict values, size_t outer,
                         size_t stride, size_t channels, size_t inner, double* __restrict sums) {
   if (inner == 1) {
-    AddRows<Format>(values, outer, stride, channels, sums);
+    // Several rows share one pass over the sums.
+    size_t row = 0;
+    for (; row + 8 <= outer; row += 8) {
+      AddRows<Format, 8>(values + row * stride, stride, channels, sums);
+    }
+    for (; row < outer; ++row) AddRows<Format, 1>(values + row * stride, stride, channels, sums);
     return;
   }
   for (size_t o = 0; o < outer; ++o) {

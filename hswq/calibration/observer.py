@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hswq import kernels
 from hswq.calibration.statistics import Calibration, LayerStatistics, join_pairs
@@ -69,19 +69,24 @@ class _SharedInputs:
     """
 
     def __init__(self) -> None:
-        self._entries: MutableMapping[Tensor, tuple[int, int, Tensor]] = WeakTensorKeyDictionary()
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
 
     def find(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the abs_mean that was kept for x as it is now, reduced to axis `dim`."""
-        entry = self._entries.get(x)
-        if entry is None or entry[:2] != (x._version, dim):
+        entry = self._entries.get(id(x))
+        if entry is None:
             return None
-        return entry[2]
+        tensor, version, axis, abs_mean = entry
+        known = tensor() is x and version == x._version and axis == dim
+        return abs_mean if known else None
 
     def keep(self, x: Tensor, dim: int, abs_mean: Tensor) -> None:
         # Tensors made in inference mode have no version counter: their changes would go unseen.
-        if not x.is_inference():
-            self._entries[x] = (x._version, dim, abs_mean)
+        if x.is_inference():
+            return
+        key, entries = id(x), self._entries
+        tensor = weakref.ref(x, lambda _: entries.pop(key, None))
+        entries[key] = tensor, x._version, dim, abs_mean
 
 
 class _LayerMonitor:
@@ -111,20 +116,19 @@ class _LayerMonitor:
     ) -> None:
         x = self._tensor("input", args[0] if args else kwargs.get("input"))
         y = self._tensor("output", output)
-        # Sums made in inference mode could not be added to outside it.
-        with torch.inference_mode(False), torch.no_grad():
+        # Sums made in inference mode could not be added to outside it. Leaving a mode that is not
+        # on would cost as much as a small reduction.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            known = self._shared.find(x, self._dim)
+            sums = self._accumulators_on(y.device)
             try:
                 abs_mean = kernels.monitor(
-                    x,
-                    y,
-                    self._dim,
-                    self._accumulators_on(y.device),
-                    abs_mean=self._shared.find(x, self._dim),
-                    backend=self._backend,
+                    x, y, self._dim, sums, abs_mean=known, backend=self._backend
                 )
             except InputError as error:
                 raise InputError(f"layer {self.name!r} cannot be observed: {error}") from error
-            self._shared.keep(x, self._dim, abs_mean)
+            if known is None:
+                self._shared.keep(x, self._dim, abs_mean)
 
     def _tensor(self, what: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):

@@ -56,12 +56,11 @@ Pair = int | tuple[int, int]
 
 def _run(op: str, backend: str | None, device: torch.device, *args: Any) -> Any:
     implementation = dispatch.select(op, backend, device)
-    with torch.no_grad():
-        # Leaving autocast costs more than a small op: only where it is on.
-        if not torch.is_autocast_enabled(device.type):
-            return implementation(*args)
-        with torch.autocast(device.type, enabled=False):
-            return implementation(*args)
+    # Leaving what is not on would cost as much as a small op.
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type):
+        return implementation(*args)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return implementation(*args)
 
 
 def moments(y: Tensor, *, backend: str | None = None) -> Tensor:
@@ -140,14 +139,14 @@ def monitor(
     device = contract.check_devices(
         "monitor", x=x, y=y, accumulators=accumulators.abs_mean, abs_mean=abs_mean
     )
-    shape = [x.shape[axis]]
-    why = f"axis {axis} of x {list(x.shape)}"
+    shape, why = (x.shape[axis],), "the channel axis of x"
     contract.check_shape("monitor", "accumulators.abs_mean", accumulators.abs_mean, shape, why)
     if abs_mean is not None:
         contract.check_dtype("monitor", "abs_mean", abs_mean, (torch.float64,))
         contract.check_shape("monitor", "abs_mean", abs_mean, shape, why)
-    args = x.detach(), y.detach(), axis, accumulators, abs_mean
-    result: Tensor = _run("monitor", backend, device, *args)
+    if torch.is_grad_enabled():
+        x, y = x.detach(), y.detach()
+    result: Tensor = _run("monitor", backend, device, x, y, axis, accumulators, abs_mean)
     return result
 
 

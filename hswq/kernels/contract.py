@@ -74,7 +74,7 @@ def check_dtype(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype]
 
 def check_shape(op: str, name: str, value: Tensor, shape: Sequence[int], why: str) -> None:
     """Raise InputError unless the tensor has the shape; `why` says where the shape comes from."""
-    if list(value.shape) != list(shape):
+    if value.shape != tuple(shape):
         raise InputError(f"{op}: {name} has shape {list(value.shape)}; {why} needs {list(shape)}.")
 
 
@@ -90,11 +90,12 @@ def check_devices(op: str, **tensors: Tensor | None) -> torch.device:
     Raises:
         InputError: they are on several.
     """
-    devices = {name: value.device for name, value in tensors.items() if value is not None}
-    if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    devices = [value.device for value in tensors.values() if value is not None]
+    if devices.count(devices[0]) < len(devices):
+        given = (name for name, value in tensors.items() if value is not None)
+        places = ", ".join(f"{name} on {device}" for name, device in zip(given, devices, strict=True))
         raise InputError(f"{op}: all tensors must be on one device; found {places}. Move them.")
-    return next(iter(devices.values()))
+    return devices[0]
 
 
 def check_at_least(op: str, name: str, value: int, least: int) -> None:

@@ -8,6 +8,7 @@ nor on the instruction set (the best of the CPU; HSWQ_ISA forces baseline, avx2 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,12 @@ try:
     import hswq.kernels._cpp as _cpp
 except ImportError as error:
     _import_error = error
+else:
+    _DTYPES = {
+        torch.float16: _cpp.DType.float16,
+        torch.bfloat16: _cpp.DType.bfloat16,
+        torch.float32: _cpp.DType.float32,
+    }
 
 
 def unusable_reason() -> str | None:
@@ -87,11 +94,7 @@ def monitor(
         y.numel(),
         has_abs_mean,
         _threads(),
-        accumulators.calls.data_ptr(),
-        accumulators.skipped.data_ptr(),
-        accumulators.mean_y.data_ptr(),
-        accumulators.mean_y2.data_ptr(),
-        accumulators.abs_mean.data_ptr(),
+        *accumulators.addresses,
         abs_mean.data_ptr(),
     )
     return abs_mean
@@ -357,13 +360,14 @@ def _empty(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _dtype(dtype: torch.dtype) -> Any:
     """Return the extension's name for a float dtype."""
-    return getattr(_cpp.DType, str(dtype).removeprefix("torch."))
+    return _DTYPES[dtype]
 
 
 def _channel_layout(x: Tensor, dim: int) -> tuple[int, int, int]:
     """Return the sizes before, along and after an axis that is counted from the end."""
-    axis = x.dim() + dim
-    return x.shape[:axis].numel(), x.shape[axis], x.shape[axis + 1 :].numel()
+    shape = x.shape
+    after = math.prod(shape[dim + 1 :]) if dim < -1 else 1
+    return math.prod(shape[:dim]), shape[dim], after
 
 
 def _threads() -> int:
