@@ -63,15 +63,15 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "weighted_histogram",
-      [](DType dtype, uintptr_t weights, size_t rows, size_t row_size, uintptr_t importance,
+      [](DType dtype, uintptr_t values, std::array<size_t, 3> shape, uintptr_t importance,
          size_t groups, size_t bins, size_t threads, uintptr_t hist) {
-        return hswq::WeightedHistogram(dtype, Pointer<const void>(weights), rows, row_size,
-                                       Pointer<const int64_t>(importance), groups, bins, threads,
-                                       Pointer<double>(hist));
+        const hswq::HistogramWeights weights{
+            dtype,    Pointer<const void>(values),        shape[0], shape[1],
+            shape[2], Pointer<const int64_t>(importance), groups};
+        return hswq::WeightedHistogram(weights, bins, threads, Pointer<double>(hist));
       },
-      py::arg("dtype"), py::arg("weights"), py::arg("rows"), py::arg("row_size"),
-      py::arg("importance"), py::arg("groups"), py::arg("bins"), py::arg("threads"),
-      py::arg("hist"), Unlocked());
+      py::arg("dtype"), py::arg("values"), py::arg("shape"), py::arg("importance"),
+      py::arg("groups"), py::arg("bins"), py::arg("threads"), py::arg("hist"), Unlocked());
 
   m.def(
       "clip_mse",

@@ -63,6 +63,13 @@ inline void WithFormat(DType dtype, const Function& function) {
   }
 }
 
+// Asks for memory that is read soon. The processor's own prefetcher stops at the end of each page,
+// and pages are small where the caller's allocator made them.
+inline void Prefetch(const void* address) { __builtin_prefetch(address); }
+inline void PrefetchAhead(const void* address) {
+  Prefetch(static_cast<const char*>(address) + 1024);
+}
+
 inline float Magnitude(float value) { return FloatOf(BitsOf(value) & 0x7fffffff); }
 
 }  // namespace

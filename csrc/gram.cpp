@@ -21,7 +21,7 @@ bool AllWithinLimit(DType dtype, const void* x, size_t count, size_t threads) {
   ParallelFor(maxima.size(), threads, [&](size_t block, size_t) {
     const size_t first = block * kBlock;
     maxima[block] =
-        kernels.max_abs(dtype, Advance(x, dtype, first), std::min(kBlock, count - first));
+        kernels.max_abs(dtype, Advance(x, dtype, first), 1, 0, std::min(kBlock, count - first));
   });
   // A comparison with NaN is false.
   return std::all_of(maxima.begin(), maxima.end(),

@@ -9,34 +9,65 @@ namespace hswq {
 namespace {
 
 // Without their signs, bit patterns order as the magnitudes do, with NaN above infinity.
-float MaxAbs(DType dtype, const void* weights, size_t count) {
-  if (dtype == DType::kFloat32) {
-    const auto* __restrict typed = static_cast<const float*>(weights);
-    uint32_t largest = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const uint32_t magnitude = BitsOf(typed[i]) & 0x7fffffff;
+template <typename Bits>
+inline Bits LargestMagnitude(const void* weights, size_t rows, size_t stride, size_t columns) {
+  constexpr Bits kMask = static_cast<Bits>(-1) >> 1;
+  const auto* typed = static_cast<const Bits*>(weights);
+  Bits largest = 0;
+  for (size_t row = 0; row < rows; ++row) {
+    const Bits* __restrict values = typed + row * stride;
+    for (size_t c = 0; c < columns; ++c) {
+      const Bits magnitude = values[c] & kMask;
       largest = magnitude > largest ? magnitude : largest;
     }
-    return FloatOf(largest);
   }
-  const auto* __restrict typed = static_cast<const uint16_t*>(weights);
-  uint16_t largest = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const auto magnitude = static_cast<uint16_t>(typed[i] & 0x7fff);
-    largest = magnitude > largest ? magnitude : largest;
+  return largest;
+}
+
+float MaxAbs(DType dtype, const void* weights, size_t rows, size_t stride, size_t columns) {
+  if (stride == columns) {
+    columns *= rows;
+    rows = 1;
   }
+  if (dtype == DType::kFloat32) {
+    return FloatOf(LargestMagnitude<uint32_t>(weights, rows, stride, columns));
+  }
+  const auto largest = LargestMagnitude<uint16_t>(weights, rows, stride, columns);
   return dtype == DType::kFloat16 ? Float16::ToFloat(largest) : BFloat16::ToFloat(largest);
 }
 
-void MagnitudeHistogram(const uint16_t* __restrict weights, size_t count,
-                        const int64_t* __restrict importance, int64_t* __restrict sums) {
-  for (size_t i = 0; i < count; ++i) sums[weights[i] & 0x7fff] += importance[i];
+// sums[|w[row][c]|] += importance[c] over the next Rows rows. An importance serves all of them: the
+// table of sums needs the first cache for itself.
+template <size_t Rows>
+inline void AddMagnitudes(const uint16_t* __restrict weights, size_t stride, size_t columns,
+                          const int64_t* __restrict importance, int64_t* __restrict sums) {
+  constexpr size_t kChunk = 32;
+  for (size_t begin = 0; begin < columns; begin += kChunk) {
+    const size_t end = columns - begin < kChunk ? columns : begin + kChunk;
+    for (size_t row = Rows; row < 2 * Rows; ++row) Prefetch(weights + row * stride + begin);
+    for (size_t c = begin; c < end; ++c) {
+      for (size_t row = 0; row < Rows; ++row) {
+        sums[weights[row * stride + c] & 0x7fff] += importance[c];
+      }
+    }
+  }
+}
+
+void MagnitudeHistogram(const uint16_t* weights, size_t rows, size_t stride, size_t columns,
+                        const int64_t* importance, int64_t* sums) {
+  size_t row = 0;
+  for (; row + 8 <= rows; row += 8) {
+    AddMagnitudes<8>(weights + row * stride, stride, columns, importance, sums);
+  }
+  for (; row < rows; ++row) {
+    AddMagnitudes<1>(weights + row * stride, stride, columns, importance, sums);
+  }
 }
 
 template <typename Format>
-void BinBlock(const typename Format::Storage* __restrict weights, size_t count,
-              const int64_t* __restrict importance, float width, size_t bins,
-              int64_t* __restrict sums) {
+void BinRow(const typename Format::Storage* __restrict weights, size_t count,
+            const int64_t* __restrict importance, float width, size_t bins,
+            int64_t* __restrict sums) {
   // Indices go through a short buffer, so that the divisions are vectorised and only the scattered
   // additions are not.
   constexpr size_t kChunk = 1024;
@@ -55,12 +86,14 @@ void BinBlock(const typename Format::Storage* __restrict weights, size_t count,
   }
 }
 
-void BinHistogram(DType dtype, const void* weights, size_t count, const int64_t* importance,
-                  float width, size_t bins, int64_t* sums) {
+void BinHistogram(DType dtype, const void* weights, size_t rows, size_t stride, size_t columns,
+                  const int64_t* importance, float width, size_t bins, int64_t* sums) {
   WithFormat(dtype, [=](auto format) {
     using Format = decltype(format);
     const auto* typed = static_cast<const typename Format::Storage*>(weights);
-    BinBlock<Format>(typed, count, importance, width, bins, sums);
+    for (size_t row = 0; row < rows; ++row) {
+      BinRow<Format>(typed + row * stride, columns, importance, width, bins, sums);
+    }
   });
 }
 

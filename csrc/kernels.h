@@ -99,19 +99,21 @@ struct Kernels {
   void (*dequantize_e4m3)(const uint8_t* codes, size_t count, float scale, DType dtype,
                           void* values);
 
-  // Returns max |w[i]|, or an Inf or NaN where the elements hold one. count 0 gives 0.
-  float (*max_abs)(DType dtype, const void* weights, size_t count);
+  // Returns the largest |w| of [rows, columns], whose rows are `stride` apart, or an Inf or NaN
+  // where the elements hold one; 0 if there are none.
+  float (*max_abs)(DType dtype, const void* weights, size_t rows, size_t stride, size_t columns);
 
-  // sums[bits of |w[i]|] += importance[i] for 16-bit floats of either kind; sums holds
+  // sums[bits of |w[row][c]|] += importance[c] for 16-bit floats of either kind; sums holds
   // kHalfMagnitudes values. The caller keeps the totals inside int64.
-  void (*magnitude_histogram)(const uint16_t* weights, size_t count, const int64_t* importance,
-                              int64_t* sums);
+  void (*magnitude_histogram)(const uint16_t* weights, size_t rows, size_t stride, size_t columns,
+                              const int64_t* importance, int64_t* sums);
 
-  // sums[b] += importance[i] with b = floor(|w[i]| / width), IEEE float32 division, at most bins
-  // - 1. width >= 0; width 0 sends 0 to the first bin and all else to the last; NaN goes to the
-  // first. bins <= 2^30.
-  void (*bin_histogram)(DType dtype, const void* weights, size_t count, const int64_t* importance,
-                        float width, size_t bins, int64_t* sums);
+  // sums[b] += importance[c] with b = floor(|w[row][c]| / width), IEEE float32 division, at most
+  // bins - 1. width >= 0; width 0 sends 0 to the first bin and all else to the last; NaN goes to
+  // the first. bins <= 2^30.
+  void (*bin_histogram)(DType dtype, const void* weights, size_t rows, size_t stride,
+                        size_t columns, const int64_t* importance, float width, size_t bins,
+                        int64_t* sums);
 
   // Fills centres, above_mass, above_moment and power from hist, bins and width. The sums are
   // compensated: each is good to 2 units in the last place and its products' rounding.

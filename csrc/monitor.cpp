@@ -111,14 +111,16 @@ void AddPair(double value, int64_t* sum) {
 
 void Moments(DType dtype, const void* values, size_t count, size_t threads, double* sums) {
   MomentsWork work(dtype, values, count);
-  ParallelFor(work.blocks(), threads, [&](size_t block, size_t) { work.Run(block); });
+  ParallelFor(work.blocks(), ThreadsFor(work.blocks(), threads),
+              [&](size_t block, size_t) { work.Run(block); });
   work.Finish(sums);
 }
 
 void ChannelAbsMean(DType dtype, const void* values, size_t outer, size_t channels, size_t inner,
                     size_t threads, double* means) {
   ChannelAbsWork work(dtype, values, outer, channels, inner);
-  ParallelFor(work.blocks(), threads, [&](size_t block, size_t) { work.Run(block); });
+  ParallelFor(work.blocks(), ThreadsFor(work.blocks(), threads),
+              [&](size_t block, size_t) { work.Run(block); });
   work.Finish(means);
 }
 
@@ -128,7 +130,8 @@ void Monitor(DType x_dtype, const void* x, size_t outer, size_t channels, size_t
   ChannelAbsWork abs_work(x_dtype, x, has_abs_mean ? 0 : outer, channels, inner);
   MomentsWork moments_work(y_dtype, y, y_count);
   const size_t abs_blocks = abs_work.blocks();
-  ParallelFor(abs_blocks + moments_work.blocks(), threads, [&](size_t block, size_t) {
+  const size_t blocks = abs_blocks + moments_work.blocks();
+  ParallelFor(blocks, ThreadsFor(blocks, threads), [&](size_t block, size_t) {
     if (block < abs_blocks) {
       abs_work.Run(block);
     } else {

@@ -2,6 +2,8 @@
 #ifndef HSWQ_MONITOR_INL_
 #define HSWQ_MONITOR_INL_
 
+#include <cstring>
+
 #include "floats.inl"
 #include "kernels.h"
 
@@ -19,21 +21,46 @@ inline double SumOfLanes(double* lanes) {
   return lanes[0];
 }
 
+// Two elements of a block of kSumLanes for each lane below half of that: whichever cost least.
+template <typename Format>
+inline void LoadPair(Format, const typename Format::Storage* __restrict block, size_t lane,
+                     float* first, float* second) {
+  *first = Format::ToFloat(block[lane]);
+  *second = Format::ToFloat(block[lane + kSumLanes / 2]);
+}
+
+// Neighbours share a word, and each is a float32 once the other's bits are gone.
+inline void LoadPair(BFloat16, const uint16_t* __restrict block, size_t lane, float* first,
+                     float* second) {
+  uint32_t word;
+  std::memcpy(&word, block + 2 * lane, sizeof word);
+  *first = FloatOf(word << 16);
+  *second = FloatOf(word & 0xffff0000);
+}
+
 template <typename Format>
 void MomentsBlock(const typename Format::Storage* __restrict values, size_t count,
                   double* __restrict sums) {
   double sum[kSumLanes] = {};
   double square[kSumLanes] = {};
-  const auto add = [&](size_t i, size_t lane) {
-    const double value = Format::ToFloat(values[i]);
-    sum[lane] += value;
-    square[lane] += value * value;
-  };
   size_t i = 0;
   for (; i + kSumLanes <= count; i += kSumLanes) {
-    for (size_t lane = 0; lane < kSumLanes; ++lane) add(i + lane, lane);
+    PrefetchAhead(values + i);
+    for (size_t lane = 0; lane < kSumLanes / 2; ++lane) {
+      float first, second;
+      LoadPair(Format{}, values + i, lane, &first, &second);
+      const double a = first, b = second;
+      sum[lane] += a;
+      sum[lane + kSumLanes / 2] += b;
+      square[lane] += a * a;
+      square[lane + kSumLanes / 2] += b * b;
+    }
   }
-  for (size_t lane = 0; i + lane < count; ++lane) add(i + lane, lane);
+  for (size_t lane = 0; i + lane < count; ++lane) {
+    const double value = Format::ToFloat(values[i + lane]);
+    sum[lane] += value;
+    square[lane] += value * value;
+  }
   sums[0] = SumOfLanes(sum);
   sums[1] = SumOfLanes(square);
 }
@@ -55,7 +82,13 @@ inline double AbsSum(const typename Format::Storage* __restrict values, size_t c
   double sum[kSumLanes] = {};
   size_t i = 0;
   for (; i + kSumLanes <= count; i += kSumLanes) {
-    for (size_t lane = 0; lane < kSumLanes; ++lane) sum[lane] += AbsValue<Format>(values[i + lane]);
+    PrefetchAhead(values + i);
+    for (size_t lane = 0; lane < kSumLanes / 2; ++lane) {
+      float first, second;
+      LoadPair(Format{}, values + i, lane, &first, &second);
+      sum[lane] += static_cast<double>(Magnitude(first));
+      sum[lane + kSumLanes / 2] += static_cast<double>(Magnitude(second));
+    }
   }
   for (size_t lane = 0; i + lane < count; ++lane) sum[lane] += AbsValue<Format>(values[i + lane]);
   return SumOfLanes(sum);
@@ -65,11 +98,17 @@ inline double AbsSum(const typename Format::Storage* __restrict values, size_t c
 template <typename Format, size_t Rows>
 inline void AddRows(const typename Format::Storage* __restrict values, size_t stride,
                     size_t channels, double* __restrict sums) {
-  for (size_t c = 0; c < channels; ++c) {
+  const auto add = [&](size_t c) {
     double sum = sums[c];
     for (size_t row = 0; row < Rows; ++row) sum += AbsValue<Format>(values[c + row * stride]);
     sums[c] = sum;
+  };
+  size_t c = 0;
+  for (; c + kSumLanes <= channels; c += kSumLanes) {
+    for (size_t row = Rows; row < 2 * Rows; ++row) Prefetch(values + c + row * stride);
+    for (size_t lane = 0; lane < kSumLanes; ++lane) add(c + lane);
   }
+  for (; c < channels; ++c) add(c);
 }
 
 template <typename Format>

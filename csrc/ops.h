@@ -24,13 +24,21 @@ void QuantizeE4m3(DType dtype, const void* weights, size_t rows, size_t row_size
 void DequantizeE4m3(const uint8_t* codes, size_t rows, size_t row_size, const float* scale,
                     DType dtype, size_t threads, void* values);
 
+// A weight [rows, channels, taps]. importance is null (every weight counts 1) or fixed-point
+// [groups, channels] for `groups` equal blocks of rows; its sums over all weights fit int64 and
+// exceed 0. All sizes are at least 1.
+struct HistogramWeights {
+  DType dtype;
+  const void* values;
+  size_t rows, channels, taps;
+  const int64_t* importance;
+  size_t groups;
+};
+
 // Sums the importance of the weights in each of `bins` equal bins on [0, max|w|] and divides by the
-// total. weights is [rows, row_size]; importance is null (every weight counts 1) or fixed-point
-// [groups, row_size] for `groups` equal blocks of rows, whose sums over all weights fit int64 and
-// exceed 0. hist receives `bins` values. Returns max|w|; where weights hold NaN or Inf, it and hist
-// are NaN. rows, row_size, groups, bins >= 1; bins <= 2^30.
-float WeightedHistogram(DType dtype, const void* weights, size_t rows, size_t row_size,
-                        const int64_t* importance, size_t groups, size_t bins, size_t threads,
+// total; hist receives `bins` values, 1 <= bins <= 2^30. Returns max|w|; where weights hold NaN or
+// Inf, it and hist are NaN.
+float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t threads,
                         double* hist);
 
 // mse[i] = J(candidates[i]) by sums over codepoints, within 2^-43 * sum H x^2 of the definition.

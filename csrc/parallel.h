@@ -28,7 +28,7 @@ class ScopedFloatEnvironment {
 
 // Number of threads ParallelFor will use: no more than there are blocks, at least one.
 inline size_t WorkerCount(size_t blocks, size_t threads) {
-  return std::max<size_t>(1, std::min(blocks / 8, threads));
+  return std::max<size_t>(1, std::min(blocks, threads));
 }
 
 // Calls function(context, worker) for worker 0 on this thread and for others below `workers` on

@@ -93,7 +93,9 @@ def check_devices(op: str, **tensors: Tensor | None) -> torch.device:
     devices = [value.device for value in tensors.values() if value is not None]
     if devices.count(devices[0]) < len(devices):
         given = (name for name, value in tensors.items() if value is not None)
-        places = ", ".join(f"{name} on {device}" for name, device in zip(given, devices, strict=True))
+        places = ", ".join(
+            f"{name} on {device}" for name, device in zip(given, devices, strict=True)
+        )
         raise InputError(f"{op}: all tensors must be on one device; found {places}. Move them.")
     return devices[0]
 

@@ -101,16 +101,12 @@ def monitor(
 
 
 def weighted_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple[Tensor, Tensor]:
-    rows, _, kernel = w.shape
-    fixed = None
-    if importance is not None:
-        fixed = importance_to_fixed(importance, w.numel()).repeat_interleave(kernel, dim=1)
+    fixed = None if importance is None else importance_to_fixed(importance, w.numel()).contiguous()
     hist = _empty(bins, torch.float64)
     max_abs = _cpp.weighted_histogram(
         _dtype(w.dtype),
         w.data_ptr(),
-        rows,
-        w.numel() // rows,
+        w.shape,
         0 if fixed is None else fixed.data_ptr(),
         1 if fixed is None else len(fixed),
         bins,

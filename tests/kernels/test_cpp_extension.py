@@ -52,6 +52,43 @@ def test_rows_meet_their_own_values_across_blocks(row: int, dtype: torch.dtype) 
     assert torch.equal(hist, expected_hist)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((66, 115, 3, 3), 1),
+        ((66, 115, 3, 3), 6),
+        ((3, 2003), 3),
+        ((5, 1, 7, 300), 5),
+        ((1, 70_003), 1),
+    ],
+)
+def test_tiles_of_a_histogram_keep_their_importance(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
+    """Tiles end inside kernels, rows and groups."""
+    w = normal(*shape, dtype=dtype)
+    importance = normal(groups, shape[1], seed=2).abs()
+    found, expected = (
+        kernels.weighted_histogram(w, importance, 333, backend=name)
+        for name in ("cpp", "reference")
+    )
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_damage_in_one_group_shows(damage: float) -> None:
+    """The groups of a tile are looked at one after the other."""
+    w = normal(6, 4)
+    for row in range(6):
+        damaged = w.clone()
+        damaged[row, 1] = damage
+        hist, max_abs = kernels.weighted_histogram(damaged, torch.ones(3, 4), 9, backend="cpp")
+        assert hist.isnan().all()
+        assert max_abs.isnan()
+
+
 def test_layers_of_one_search_do_not_meet() -> None:
     """Workspace left over from the layer before would change the answer of the next."""
     weights = [normal(64, 48, sigma=sigma, seed=i) for i, sigma in enumerate((1.0, 0.01, 500.0))]
