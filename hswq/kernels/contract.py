@@ -16,6 +16,7 @@ that order, positionally, without `backend`, checked and brought to one form:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,9 +120,13 @@ def check_range(
 
     Only tensors on the CPU are looked at: elsewhere it would cost a wait for the device.
     """
-    if value.device.type != "cpu":
+    if value.device.type != "cpu" or value.numel() == 0:
         return
     value = value.detach().reshape(-1)
+    # NaN compares as false; the elements are looked at one by one only where some are doubtful.
+    least, largest = (value.item(),) * 2 if len(value) == 1 else map(float, torch.aminmax(value))
+    if (least > 0.0 if positive else least >= 0.0) and largest < math.inf:
+        return
     good = value.isfinite() & (value > 0.0 if positive else value >= 0.0)
     if or_nan:
         good |= value.isnan()
