@@ -38,8 +38,7 @@ struct HistogramWeights {
 // Sums the importance of the weights in each of `bins` equal bins on [0, max|w|] and divides by the
 // total; hist receives `bins` values, 1 <= bins <= 2^30. Returns max|w|; where weights hold NaN or
 // Inf, it and hist are NaN.
-float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t threads,
-                        double* hist);
+float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t threads, double* hist);
 
 // mse[i] = J(candidates[i]) by sums over codepoints, within 2^-43 * sum H x^2 of the definition.
 void ClipMse(const double* hist, size_t bins, float max_abs, const float* candidates, size_t count,

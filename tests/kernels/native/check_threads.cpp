@@ -84,11 +84,14 @@ Bytes Search(DType dtype, const Bytes& elements, bool weighted, size_t threads) 
   std::vector<double> hists(kLayers * kBins);
   std::vector<float> max_abs(kLayers);
   for (size_t layer = 0; layer < kLayers; ++layer) {
-    const hswq::HistogramWeights weights{
-        dtype, elements.data(), kRows, kRowSize, 1, weighted ? importance.data() : nullptr,
-        weighted ? kGroups : 1};
-    max_abs[layer] =
-        hswq::WeightedHistogram(weights, kBins, threads, hists.data() + layer * kBins);
+    const hswq::HistogramWeights weights{dtype,
+                                         elements.data(),
+                                         kRows,
+                                         kRowSize,
+                                         1,
+                                         weighted ? importance.data() : nullptr,
+                                         weighted ? kGroups : 1};
+    max_abs[layer] = hswq::WeightedHistogram(weights, kBins, threads, hists.data() + layer * kBins);
   }
   std::vector<float> amax(kLayers);
   std::vector<double> mse(kLayers);
