@@ -73,12 +73,51 @@ class Tiles {
   size_t row_size_, tile_rows_, tile_columns_, across_, count_;
 };
 
-struct Worker {
-  Worker(size_t table_size, size_t columns) : sums(table_size), importance(columns) {}
+// The sums by magnitude that this thread keeps for its next call, all zero: fresh pages would cost
+// as much as the sums of a small weight.
+int64_t* MagnitudeSums() {
+  thread_local std::vector<int64_t> sums(kHalfMagnitudes);
+  return sums.data();
+}
 
-  std::vector<int64_t> sums;
-  std::vector<int64_t> importance;
-};
+void AddTo(std::vector<int64_t>* sums, const int64_t* others) {
+  std::transform(sums->begin(), sums->end(), others, sums->begin(), std::plus<>());
+}
+
+// The largest of some magnitudes; NaN where one is not finite.
+float Largest(const std::vector<float>& magnitudes) {
+  const bool finite = std::all_of(magnitudes.begin(), magnitudes.end(),
+                                  [](float value) { return std::isfinite(value); });
+  return finite ? *std::max_element(magnitudes.begin(), magnitudes.end())
+                : std::numeric_limits<float>::quiet_NaN();
+}
+
+const std::vector<uint16_t>& AllMagnitudes() {
+  static const std::vector<uint16_t> magnitudes = [] {
+    std::vector<uint16_t> all(kHalfMagnitudes);
+    std::iota(all.begin(), all.end(), uint16_t{0});
+    return all;
+  }();
+  return magnitudes;
+}
+
+// Adds the sums by magnitude in the workers' tables to bins, and clears the tables.
+void BinMagnitudes(DType dtype, const uint16_t* magnitudes, const std::vector<int64_t*>& tables,
+                   float width, std::vector<int64_t>* sums) {
+  int64_t* const total = tables.front();
+  for (size_t worker = 1; worker < tables.size(); ++worker) {
+    int64_t* const table = tables[worker];
+    if (table == nullptr) continue;
+    std::transform(total, total + kHalfMagnitudes, table, total, std::plus<>());
+    std::fill_n(table, kHalfMagnitudes, int64_t{0});
+  }
+  size_t used = kHalfMagnitudes;
+  while (used > 0 && total[used - 1] == 0) --used;
+  // Every magnitude once, weighed by what was summed for it.
+  ActiveKernels().bin_histogram(dtype, magnitudes, 1, used, used, total, width, sums->size(),
+                                sums->data());
+  std::fill_n(total, used, int64_t{0});
+}
 
 }  // namespace
 
@@ -94,61 +133,53 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
   // Each worker has a table of its own; many bins leave room for fewer.
   threads = std::min(threads, std::max<size_t>(1, kTableBytes / (table_size * sizeof(int64_t))));
 
-  std::vector<Worker> workers;
-  workers.reserve(WorkerCount(tiles.count(), threads));
-  while (workers.size() < workers.capacity()) workers.emplace_back(table_size, tiles.columns());
+  const size_t workers = WorkerCount(tiles.count(), threads);
+  std::vector<int64_t> importances(workers * tiles.columns());
+  std::vector<int64_t> bins_of_workers(is_half ? 0 : workers * bins);
+  std::vector<int64_t> sums(bins);
   std::vector<float> maxima(tiles.count());
-  ParallelFor(tiles.count(), threads, [&](size_t tile, size_t index) {
-    Worker& worker = workers[index];
+  const uint16_t* const magnitudes = AllMagnitudes().data();
+  // Null for a worker that found nothing left to do. All memory is there by now: what has begun
+  // must end, for it clears the sums of the threads.
+  std::vector<int64_t*> tables(workers);
+  if (is_half) tables[0] = MagnitudeSums();
+  ParallelFor(tiles.count(), threads, [&](size_t tile, size_t worker) {
+    int64_t*& table = tables[worker];
+    if (table == nullptr) table = is_half ? MagnitudeSums() : &bins_of_workers[worker * bins];
     float& largest = maxima[tile];
     tiles.ForEachPart(
-        tile, worker.importance.data(),
+        tile, &importances[worker * tiles.columns()],
         [&](const void* values, size_t rows, size_t columns, const int64_t* importance) {
           const float found = kernels.max_abs(dtype, values, rows, stride, columns);
           // What is damaged stays.
           if (std::isfinite(largest) && !(found <= largest)) largest = found;
           if (!is_half) return;
           kernels.magnitude_histogram(static_cast<const uint16_t*>(values), rows, stride, columns,
-                                      importance, worker.sums.data());
+                                      importance, table);
         });
   });
-  if (!std::all_of(maxima.begin(), maxima.end(),
-                   [](float value) { return std::isfinite(value); })) {
-    std::fill_n(hist, bins, std::numeric_limits<double>::quiet_NaN());
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  const float max_abs = *std::max_element(maxima.begin(), maxima.end());
+  const float max_abs = Largest(maxima);
   const auto width = static_cast<float>(static_cast<double>(max_abs) / static_cast<double>(bins));
 
-  if (!is_half) {
-    ParallelFor(tiles.count(), threads, [&](size_t tile, size_t index) {
-      Worker& worker = workers[index];
+  if (is_half) {
+    BinMagnitudes(dtype, magnitudes, tables, width, &sums);
+  } else if (std::isfinite(max_abs)) {
+    ParallelFor(tiles.count(), threads, [&](size_t tile, size_t worker) {
+      int64_t* const table = &bins_of_workers[worker * bins];
       tiles.ForEachPart(
-          tile, worker.importance.data(),
+          tile, &importances[worker * tiles.columns()],
           [&](const void* values, size_t rows, size_t columns, const int64_t* importance) {
             kernels.bin_histogram(dtype, values, rows, stride, columns, importance, width, bins,
-                                  worker.sums.data());
+                                  table);
           });
     });
+    for (size_t worker = 0; worker < workers; ++worker) {
+      AddTo(&sums, &bins_of_workers[worker * bins]);
+    }
   }
-  std::vector<int64_t>& sums = workers.front().sums;
-  for (size_t index = 1; index < workers.size(); ++index) {
-    const std::vector<int64_t>& others = workers[index].sums;
-    std::transform(sums.begin(), sums.end(), others.begin(), sums.begin(), std::plus<>());
-  }
-  if (is_half) {
-    // Every magnitude once, weighed by what was summed for it.
-    static const std::vector<uint16_t> magnitudes = [] {
-      std::vector<uint16_t> all(kHalfMagnitudes);
-      std::iota(all.begin(), all.end(), uint16_t{0});
-      return all;
-    }();
-    size_t used = sums.size();
-    while (used > 0 && sums[used - 1] == 0) --used;
-    std::vector<int64_t> binned(bins);
-    kernels.bin_histogram(dtype, magnitudes.data(), 1, used, used, sums.data(), width, bins,
-                          binned.data());
-    sums.swap(binned);
+  if (!std::isfinite(max_abs)) {
+    std::fill_n(hist, bins, max_abs);
+    return max_abs;
   }
   const auto total = static_cast<double>(std::accumulate(sums.begin(), sums.end(), int64_t{0}));
   std::transform(sums.begin(), sums.end(), hist,
