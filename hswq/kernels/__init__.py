@@ -177,8 +177,7 @@ def weighted_histogram(
     op = "weighted_histogram"
     contract.check_dtype(op, "w", w, FLOATS)
     contract.check_not_empty(op, "w", w)
-    contract.check_at_least(op, "bins", bins, 1)
-    contract.check_at_most(op, "bins", bins, contract.MAX_BINS)
+    contract.check_count(op, "bins", bins, 1, contract.MAX_BINS)
     shape = w.shape if w.dim() >= 2 else torch.Size([1, w.numel()])
     if importance is not None:
         importance = _checked_importance(op, importance, shape)
@@ -278,8 +277,8 @@ def search_amax(
         max_abs: float32 [] or [L], finite and >= 0, or NaN. 0 gives amax 0 and J 0; NaN, and any
             other maximum of a hist that holds NaN or Inf, gives NaN for both.
         scaled: True for V2, False for V1.
-        candidates: thresholds a stage, >= 2.
-        refinements: further stages, >= 0.
+        candidates: thresholds a stage, 2 to 100,000.
+        refinements: further stages, 0 to 100.
     Returns:
         amax float32 and J float64, both [] or [L].
     Raises:
@@ -289,8 +288,8 @@ def search_amax(
     op = "search_amax"
     device = contract.check_devices(op, hists=hists, max_abs=max_abs)
     _check_histograms(op, hists, max_abs, 2 if hists.dim() == 2 else 1)
-    contract.check_at_least(op, "candidates", candidates, 2)
-    contract.check_at_least(op, "refinements", refinements, 0)
+    contract.check_count(op, "candidates", candidates, 2, contract.MAX_CANDIDATES)
+    contract.check_count(op, "refinements", refinements, 0, contract.MAX_REFINEMENTS)
     layers = hists.reshape(-1, hists.shape[-1]).contiguous()
     args = layers, max_abs.reshape(-1).contiguous(), scaled, candidates, refinements
     amax, mse = _run(op, backend, device, *args)
@@ -307,7 +306,7 @@ def _check_histograms(op: str, hists: Tensor, max_abs: Tensor, rank: int) -> Non
             f"{op}: hist has shape {list(hists.shape)}; it must have {rank} "
             f"ax{'is' if rank == 1 else 'es'}, bins last."
         )
-    contract.check_at_most(op, "bins", hists.shape[-1], contract.MAX_BINS)
+    contract.check_count(op, "bins", hists.shape[-1], 1, contract.MAX_BINS)
     contract.check_shape(op, "max_abs", max_abs, hists.shape[:-1], f"hist {list(hists.shape)}")
     contract.check_range(op, "max_abs", max_abs, or_nan=True)
 
@@ -564,7 +563,7 @@ def scaled_conv2d(
     op = "scaled_conv2d"
     images = contract.images(op, x)
     contract.check_not_empty(op, "x", x)
-    contract.check_at_least(op, "groups", groups, 1)
+    contract.check_count(op, "groups", groups, 1, images.shape[1])
     fits = codes.dim() == 4 and images.shape[1] == codes.shape[1] * groups
     if not fits or codes.shape[0] % groups:
         raise InputError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,8 +27,12 @@ from torch import Tensor
 from hswq.errors import InputError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# What the bounds of the search are derived for; the option --bins ends there too.
+# What the bounds of the search are derived for; the options of these names end there too.
 MAX_BINS = 1 << 20
+MAX_CANDIDATES = 100_000
+MAX_REFINEMENTS = 100
+# Of strides, paddings and dilations, so that no size of an image overflows.
+MAX_STEP = 1 << 16
 CODES = (torch.uint8, torch.float8_e4m3fn)
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
@@ -101,14 +106,12 @@ def check_devices(op: str, **tensors: Tensor | None) -> torch.device:
     return devices[0]
 
 
-def check_at_least(op: str, name: str, value: int, least: int) -> None:
-    """Raise InputError unless value >= least."""
+def check_count(op: str, name: str, value: int, least: int, most: int) -> None:
+    """Raise InputError unless the value is a whole number with least <= value <= most."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{op}: {name} is {value!r}; it must be a whole number.")
     if value < least:
         raise InputError(f"{op}: {name} is {value}; it must be at least {least}.")
-
-
-def check_at_most(op: str, name: str, value: int, most: int) -> None:
-    """Raise InputError unless value <= most."""
     if value > most:
         raise InputError(f"{op}: {name} is {value}; it must be at most {most}.")
 
@@ -172,8 +175,10 @@ def row_values(
             value = value.reshape(())
         else:
             check_shape(op, name, value, [rows], f"one value per row of {rows} rows")
-    else:
+    elif isinstance(value, Real):
         value = torch.tensor(value, dtype=torch.float32, device="cpu")
+    else:
+        raise InputError(f"{op}: {name} is {value!r}; it must be a number or a float32 tensor.")
     check_range(op, name, value, positive=name.endswith("scale"))
     return value.detach().to(device).contiguous()
 
@@ -182,7 +187,7 @@ def pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[in
     """Return a size of both image axes from one number or two."""
     first, second = (value, value) if isinstance(value, int) else value
     for number in (first, second):
-        check_at_least(op, name, number, least)
+        check_count(op, name, number, least, MAX_STEP)
     return first, second
 
 

@@ -293,8 +293,16 @@ def quantize_e4m3(w: Tensor, amax: Tensor, scale: Tensor) -> Tensor:
         values, limit = rows[part].float(), _rows_of(amax, part)
         # Not clamp(): with amax 0 it may return either zero, and the sign must survive.
         clipped = torch.where(values.abs() > limit, torch.copysign(limit, values), values)
-        codes[part] = encode(clipped / _rows_of(scale, part))
+        encoded = encode(clipped / _rows_of(scale, part))
+        # Torch widens some float16 NaN without their sign.
+        nan_codes = torch.where(_sign_bit(rows[part]), 0xFF, 0x7F).to(torch.uint8)
+        codes[part] = torch.where(values.isnan(), nan_codes, encoded)
     return codes.reshape(w.shape)
+
+
+def _sign_bit(values: Tensor) -> Tensor:
+    bits = torch.int32 if values.dtype == torch.float32 else torch.int16
+    return values.view(bits) < 0
 
 
 def dequantize_e4m3(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

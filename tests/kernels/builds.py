@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 EXTENSION = Path("hswq", "kernels", "_cpp" + sysconfig.get_config_var("EXT_SUFFIX"))
 # Compilers and test runs at a time.
 JOBS = 2
+# Far beyond what any run of Python takes here.
+LONGEST_SECONDS = 1800
 
 
 def copy_tree(tree: Path) -> Path:
@@ -33,16 +36,25 @@ def copy_tree(tree: Path) -> Path:
 
 
 def run_python(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on a copied tree; standard error comes with standard output."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    """Run Python on a copied tree; standard error comes with standard output.
+
+    What does not end counts as killed.
+    """
+    command = [sys.executable, *arguments]
+    try:
+        return subprocess.run(
+            command,
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=LONGEST_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        message = f"still running after {LONGEST_SECONDS} s"
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, message)
 
 
 def run_tests(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

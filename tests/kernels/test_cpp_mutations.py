@@ -503,5 +503,7 @@ def test_unchanged_sources_pass(outcomes: dict[str, tuple[int, str]]) -> None:
 def test_mutation_is_found(mutation: Mutation, outcomes: dict[str, tuple[int, str]]) -> None:
     """A line that may be wrong without a failing test is not tested."""
     status, output = outcomes[str(mutation)]
+    # What cannot even be loaded fails every test and says nothing of them.
+    assert "cannot be imported" not in output, output[-2000:]
     # 1 is pytest's word for failed tests, a negative status a crash.
     assert status == 1 or status < 0, output[-2000:]

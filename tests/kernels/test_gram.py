@@ -249,5 +249,13 @@ def test_bad_geometry_is_refused(backend: Backend) -> None:
         kernels.gram(
             torch.ones(1, 1, 4, 4), accumulator, kernel_size=3, stride=0, backend=backend.name
         )
+    with pytest.raises(InputError, match=r"padding is 4\d+; it must be at most 65536"):
+        kernels.gram(
+            torch.ones(1, 1, 4, 4),
+            accumulator,
+            kernel_size=3,
+            padding=1 << 62,
+            backend=backend.name,
+        )
     with pytest.raises(InputError, match=r"convolution needs \[B, C, H, W\]"):
         kernels.gram(torch.ones(4, 4), accumulator, kernel_size=3, backend=backend.name)

@@ -67,6 +67,15 @@ def test_overflow_saturates_and_nan_keeps_its_sign(backend: Backend) -> None:
     assert codes.tolist() == [0x7E] * 6 + [0x7F] + [0xFE] * 6 + [0xFF]
 
 
+@pytest.mark.parametrize("numel", [1, 3, 17])
+def test_every_float16_nan_keeps_its_sign(numel: int, backend: Backend) -> None:
+    """Torch's conversion drops it where a tensor ends between its vectors."""
+    for bits, code in ((-511, 0xFF), (-1, 0xFF), (0x7E01, 0x7F), (0x7FFF, 0x7F)):
+        w = torch.full((numel,), bits, dtype=torch.int16).view(torch.float16).to(backend.device)
+        codes = kernels.quantize_e4m3(w, 1.0, 1.0, backend=backend.name)
+        assert codes.tolist() == [code] * numel
+
+
 def test_clip_keeps_values_at_amax(backend: Backend) -> None:
     """A weight equal to amax is not clipped away: it is the largest codepoint that survives."""
     w = torch.tensor([-3.5, 3.5, 3.6, 100.0], device=backend.device)
@@ -146,6 +155,7 @@ def test_empty_weights_give_no_codes(backend: Backend) -> None:
         (math.inf, 1.0, "amax is inf"),
         (1.0, 0.0, "scale is 0.0; it must be finite and > 0"),
         (1.0, torch.tensor([1.0, -2.0]), "scale is -2.0"),
+        (1.0, "1", "scale is '1'; it must be a number or a float32 tensor"),
         (torch.ones(3), 1.0, r"amax has shape \[3\]; one value per row of 2 rows needs \[2\]"),
         (1.0, torch.ones(2, dtype=torch.float64), "scale is float64; it must be float32"),
     ],

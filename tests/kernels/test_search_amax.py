@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hswq import kernels
+from hswq.config import QuantizeConfig
 from hswq.errors import InputError
 from tests import oracle
 from tests.conftest import Backend
@@ -238,6 +240,18 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
         kernels.search_amax(hist, one, True, 1, 0, backend=backend.name)
     with pytest.raises(InputError, match="refinements is -1"):
         kernels.search_amax(hist, one, True, 2, -1, backend=backend.name)
+    for name, least in (("candidates", 2), ("refinements", 0)):
+        option = next(field for field in fields(QuantizeConfig) if field.name == name)
+        most = option.metadata["maximum"]
+        assert option.metadata["minimum"] == least
+        for value, message in (
+            (most + 1, f"{name} is {most + 1}; it must be at most {most}"),
+            (2.5, f"{name} is 2.5; it must be a whole number"),
+            (True, f"{name} is True; it must be a whole number"),
+        ):
+            counts = {"candidates": 2, "refinements": 0, name: value}
+            with pytest.raises(InputError, match=message):
+                kernels.search_amax(hist, one, True, backend=backend.name, **counts)
     with pytest.raises(InputError, match=r"max_abs has shape \[2\]"):
         kernels.search_amax(hist, torch.ones(2), True, 2, 0, backend=backend.name)
     hist = torch.ones((1 << 20) + 1, dtype=torch.float64)
