@@ -73,11 +73,13 @@ class Tiles {
   size_t row_size_, tile_rows_, tile_columns_, across_, count_;
 };
 
-// The sums by magnitude that this thread keeps for its next call, all zero: fresh pages would cost
-// as much as the sums of a small weight.
-int64_t* MagnitudeSums() {
-  thread_local std::vector<int64_t> sums(kHalfMagnitudes);
-  return sums.data();
+// Sums by magnitude that the calling thread keeps for its next call, all zero, for as many workers:
+// fresh pages would cost as much as the sums of a small weight. They are the caller's, not the
+// workers': other callers have the workers as soon as this one's blocks are done.
+constexpr size_t kKeptTables = 16;
+std::vector<int64_t>& KeptTables() {
+  thread_local std::vector<int64_t> tables;
+  return tables;
 }
 
 void AddTo(std::vector<int64_t>* sums, const int64_t* others) {
@@ -102,21 +104,19 @@ const std::vector<uint16_t>& AllMagnitudes() {
 }
 
 // Adds the sums by magnitude in the workers' tables to bins, and clears the tables.
-void BinMagnitudes(DType dtype, const uint16_t* magnitudes, const std::vector<int64_t*>& tables,
+void BinMagnitudes(DType dtype, const uint16_t* magnitudes, int64_t* tables, size_t workers,
                    float width, std::vector<int64_t>* sums) {
-  int64_t* const total = tables.front();
-  for (size_t worker = 1; worker < tables.size(); ++worker) {
-    int64_t* const table = tables[worker];
-    if (table == nullptr) continue;
-    std::transform(total, total + kHalfMagnitudes, table, total, std::plus<>());
+  for (size_t worker = 1; worker < workers; ++worker) {
+    int64_t* const table = tables + worker * kHalfMagnitudes;
+    std::transform(tables, tables + kHalfMagnitudes, table, tables, std::plus<>());
     std::fill_n(table, kHalfMagnitudes, int64_t{0});
   }
   size_t used = kHalfMagnitudes;
-  while (used > 0 && total[used - 1] == 0) --used;
+  while (used > 0 && tables[used - 1] == 0) --used;
   // Every magnitude once, weighed by what was summed for it.
-  ActiveKernels().bin_histogram(dtype, magnitudes, 1, used, used, total, width, sums->size(),
+  ActiveKernels().bin_histogram(dtype, magnitudes, 1, used, used, tables, width, sums->size(),
                                 sums->data());
-  std::fill_n(total, used, int64_t{0});
+  std::fill_n(tables, used, int64_t{0});
 }
 
 }  // namespace
@@ -135,17 +135,15 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
 
   const size_t workers = WorkerCount(tiles.count(), threads);
   std::vector<int64_t> importances(workers * tiles.columns());
-  std::vector<int64_t> bins_of_workers(is_half ? 0 : workers * bins);
   std::vector<int64_t> sums(bins);
   std::vector<float> maxima(tiles.count());
   const uint16_t* const magnitudes = AllMagnitudes().data();
-  // Null for a worker that found nothing left to do. All memory is there by now: what has begun
-  // must end, for it clears the sums of the threads.
-  std::vector<int64_t*> tables(workers);
-  if (is_half) tables[0] = MagnitudeSums();
+  std::vector<int64_t> own_tables;
+  std::vector<int64_t>& tables = is_half && workers <= kKeptTables ? KeptTables() : own_tables;
+  if (tables.size() < workers * table_size) tables.resize(workers * table_size);
+  // All memory is there by now: what has begun must end, for it clears the tables.
   ParallelFor(tiles.count(), threads, [&](size_t tile, size_t worker) {
-    int64_t*& table = tables[worker];
-    if (table == nullptr) table = is_half ? MagnitudeSums() : &bins_of_workers[worker * bins];
+    int64_t* const table = &tables[worker * table_size];
     float& largest = maxima[tile];
     tiles.ForEachPart(
         tile, &importances[worker * tiles.columns()],
@@ -162,10 +160,10 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
   const auto width = static_cast<float>(static_cast<double>(max_abs) / static_cast<double>(bins));
 
   if (is_half) {
-    BinMagnitudes(dtype, magnitudes, tables, width, &sums);
+    BinMagnitudes(dtype, magnitudes, tables.data(), workers, width, &sums);
   } else if (std::isfinite(max_abs)) {
     ParallelFor(tiles.count(), threads, [&](size_t tile, size_t worker) {
-      int64_t* const table = &bins_of_workers[worker * bins];
+      int64_t* const table = &tables[worker * table_size];
       tiles.ForEachPart(
           tile, &importances[worker * tiles.columns()],
           [&](const void* values, size_t rows, size_t columns, const int64_t* importance) {
@@ -174,7 +172,7 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
           });
     });
     for (size_t worker = 0; worker < workers; ++worker) {
-      AddTo(&sums, &bins_of_workers[worker * bins]);
+      AddTo(&sums, &tables[worker * table_size]);
     }
   }
   if (!std::isfinite(max_abs)) {

@@ -54,6 +54,7 @@ def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibrati
         )
     calibration = Calibration()
     with ExitStack() as hooks:
+        hooks.callback(shared.forget)
         for monitor in monitors:
             hooks.callback(monitor.attach().remove)
         yield calibration
@@ -87,6 +88,10 @@ class _SharedInputs:
         key, entries = id(x), self._entries
         tensor = weakref.ref(x, lambda _: entries.pop(key, None))
         entries[key] = tensor, x._version, dim, abs_mean
+
+    def forget(self) -> None:
+        """Let go of everything; what outlives the observation would hold it in a cycle."""
+        self._entries.clear()
 
 
 class _LayerMonitor:

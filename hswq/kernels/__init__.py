@@ -139,11 +139,14 @@ def monitor(
     device = contract.check_devices(
         "monitor", x=x, y=y, accumulators=accumulators.abs_mean, abs_mean=abs_mean
     )
-    shape, why = (x.shape[axis],), "the channel axis of x"
-    contract.check_shape("monitor", "accumulators.abs_mean", accumulators.abs_mean, shape, why)
     if abs_mean is not None:
         contract.check_dtype("monitor", "abs_mean", abs_mean, (torch.float64,))
-        contract.check_shape("monitor", "abs_mean", abs_mean, shape, why)
+    sums = {"accumulators.abs_mean": accumulators.abs_mean, "abs_mean": abs_mean}
+    for name, means in sums.items():
+        # Put into words only where it is wrong: hooks are called thousands of times.
+        if means is not None and means.shape != (x.shape[axis],):
+            why = f"axis {axis} of x {list(x.shape)}"
+            contract.check_shape("monitor", name, means, [x.shape[axis]], why)
     if torch.is_grad_enabled():
         x, y = x.detach(), y.detach()
     result: Tensor = _run("monitor", backend, device, x, y, axis, accumulators, abs_mean)

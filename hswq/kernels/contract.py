@@ -3,7 +3,7 @@
 A backend's function has the name of the op and takes the arguments of hswq.kernels' function in
 that order, positionally, without `backend`, checked and brought to one form:
 
-- tensors of one call are on one device and detached; gradients and autocast are off;
+- tensors of one call are on one device; gradients and autocast are off;
 - weights, codes and importances are contiguous, activations may be strided;
 - codes are uint8; `dim` counts from the end; `stride`, `padding`, `dilation`, `kernel_size` are
   pairs;

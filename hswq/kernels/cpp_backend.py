@@ -94,7 +94,11 @@ def monitor(
         y.numel(),
         has_abs_mean,
         _threads(),
-        *accumulators.addresses,
+        accumulators.calls.data_ptr(),
+        accumulators.skipped.data_ptr(),
+        accumulators.mean_y.data_ptr(),
+        accumulators.mean_y2.data_ptr(),
+        accumulators.abs_mean.data_ptr(),
         abs_mean.data_ptr(),
     )
     return abs_mean

@@ -17,8 +17,7 @@ the number of weights, so that no sum reaches 2**62.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -64,11 +63,6 @@ class MonitorAccumulators:
             contract.check_dtype(op, name, value, (torch.int64,))
             contract.check_shape(op, name, value, [length], "it")
             contract.check_contiguous(op, name, value)
-
-    @functools.cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Where the sums lie, in the order of the attributes."""
-        return tuple(getattr(self, field.name).data_ptr() for field in fields(self))
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device | str = "cpu") -> MonitorAccumulators:

@@ -220,6 +220,23 @@ def test_calls_from_several_threads_do_not_wait_for_each_other() -> None:
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_histograms_of_several_callers_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's workers serve the next one while it still reads what they have summed."""
+    monkeypatch.setenv("HSWQ_NUM_THREADS", "2")
+    weights = [normal(64, 2048, dtype=torch.bfloat16, seed=seed) for seed in range(4)]
+    expected = [kernels.weighted_histogram(w, None, 512, backend="reference")[0] for w in weights]
+
+    def wrong(number: int) -> int:
+        found = (
+            kernels.weighted_histogram(weights[number], None, 512, backend="cpp")[0]
+            for _ in range(500)
+        )
+        return sum(not torch.equal(hist, expected[number]) for hist in found)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        assert list(pool.map(wrong, range(4))) == [0, 0, 0, 0]
+
+
 FORK = """
 import os, torch
 from hswq import kernels

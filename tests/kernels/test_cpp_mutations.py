@@ -250,19 +250,19 @@ MUTATIONS = [
         (
             "the largest magnitudes are not binned",
             "histogram.cpp",
-            "total[used - 1] == 0",
-            "total[used - 1] < 1000",
+            "tables[used - 1] == 0",
+            "tables[used - 1] < 1000",
             "weighted_histogram",
         ),
         (
             "sums of the call before are left",
             "histogram.cpp",
-            "std::fill_n(total, used, int64_t{0});",
+            "std::fill_n(tables, used, int64_t{0});",
             "",
             "weighted_histogram cpp_extension",
         ),
         (
-            "sums of another thread's call before are left",
+            "sums of another worker's call before are left",
             "histogram.cpp",
             "std::fill_n(table, kHalfMagnitudes, int64_t{0});",
             "",

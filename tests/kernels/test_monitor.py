@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from fractions import Fraction
@@ -100,6 +101,18 @@ def test_merging_is_exact_for_every_split(backend: Backend) -> None:
         first, second = watch(calls[:cut], -1, backend), watch(calls[cut:], -1, backend)
         merged = [(getattr(first, f) + getattr(second, f)).tolist() for f in FIELDS]
         assert merged == bits(whole)
+
+
+def test_copies_have_sums_of_their_own(backend: Backend) -> None:
+    """Addresses that were kept would lead to the memory of the original."""
+    calls = random_calls(2)
+    original = watch(calls[:1], -1, backend)
+    copied = copy.deepcopy(original)
+    original.calls.data = original.calls.clone()
+    (x, y) = (value.to(backend.device) for value in calls[1])
+    for sums in (original, copied):
+        kernels.monitor(x, y, -1, sums, backend=backend.name)
+    assert bits(original) == bits(copied) == bits(watch(calls, -1, backend))
 
 
 @pytest.mark.parametrize(

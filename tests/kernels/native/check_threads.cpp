@@ -24,6 +24,7 @@ using Bytes = std::vector<unsigned char>;
 // Several blocks of 32,768 elements, in rows and groups that end inside them.
 constexpr size_t kRows = 36;
 constexpr size_t kRowSize = 10 * 731;
+constexpr size_t kTaps = 5;
 constexpr size_t kCount = kRows * kRowSize;
 constexpr size_t kGroups = 4;
 constexpr size_t kBins = 1021;
@@ -87,8 +88,8 @@ Bytes Search(DType dtype, const Bytes& elements, bool weighted, size_t threads) 
     const hswq::HistogramWeights weights{dtype,
                                          elements.data(),
                                          kRows,
-                                         kRowSize,
-                                         1,
+                                         kRowSize / kTaps,
+                                         kTaps,
                                          weighted ? importance.data() : nullptr,
                                          weighted ? kGroups : 1};
     max_abs[layer] = hswq::WeightedHistogram(weights, kBins, threads, hists.data() + layer * kBins);
