@@ -16,6 +16,7 @@ float64 sums and 2**-24 in those of float32 sums.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -57,9 +58,11 @@ Pair = int | tuple[int, int]
 def _run(op: str, backend: str | None, device: torch.device, *args: Any) -> Any:
     implementation = dispatch.select(op, backend, device)
     # Leaving what is not on would cost as much as a small op.
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type):
-        return implementation(*args)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with contextlib.ExitStack() as modes:
+        if torch.is_grad_enabled():
+            modes.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
         return implementation(*args)
 
 
