@@ -1,9 +1,12 @@
-// Cutting work into blocks of fixed size.
+// Cutting work into blocks of fixed size, and what the work of several groups of ops needs.
 #ifndef HSWQ_BLOCKS_H_
 #define HSWQ_BLOCKS_H_
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "kernels.h"
 
@@ -12,6 +15,16 @@ namespace hswq {
 // Elements of one block: small enough for a second pass to find it in the cache, large enough for
 // the work to outweigh a thread's start.
 constexpr size_t kBlock = size_t{1} << 15;
+
+// Returns the kHalfMagnitudes bit patterns of 16-bit magnitudes, in order.
+inline const uint16_t* AllMagnitudes() {
+  static const std::vector<uint16_t> magnitudes = [] {
+    std::vector<uint16_t> all(kHalfMagnitudes);
+    std::iota(all.begin(), all.end(), uint16_t{0});
+    return all;
+  }();
+  return magnitudes.data();
+}
 
 // Storage for workspaces of any element type.
 struct alignas(64) CacheLine {

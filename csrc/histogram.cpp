@@ -23,8 +23,8 @@ class Tiles {
   explicit Tiles(const HistogramWeights& weights)
       : weights_(weights), row_size_(weights.channels * weights.taps) {
     const size_t rows = weights.rows;
-    tile_rows_ = std::min(rows, std::max<size_t>(1, kBlock / std::min(row_size_, kTileColumns)));
-    tile_columns_ = std::min(row_size_, std::max<size_t>(1, kBlock / tile_rows_));
+    tile_rows_ = std::min(rows, kBlock / std::min(row_size_, kTileColumns));
+    tile_columns_ = std::min(row_size_, kBlock / tile_rows_);
     across_ = (row_size_ + tile_columns_ - 1) / tile_columns_;
     count_ = (rows + tile_rows_ - 1) / tile_rows_ * across_;
   }
@@ -82,8 +82,8 @@ std::vector<int64_t>& KeptTables() {
   return tables;
 }
 
-void AddTo(std::vector<int64_t>* sums, const int64_t* others) {
-  std::transform(sums->begin(), sums->end(), others, sums->begin(), std::plus<>());
+void AddTo(int64_t* sums, const int64_t* others, size_t count) {
+  std::transform(sums, sums + count, others, sums, std::plus<>());
 }
 
 // The largest of some magnitudes; NaN where one is not finite.
@@ -94,21 +94,12 @@ float Largest(const std::vector<float>& magnitudes) {
                 : std::numeric_limits<float>::quiet_NaN();
 }
 
-const std::vector<uint16_t>& AllMagnitudes() {
-  static const std::vector<uint16_t> magnitudes = [] {
-    std::vector<uint16_t> all(kHalfMagnitudes);
-    std::iota(all.begin(), all.end(), uint16_t{0});
-    return all;
-  }();
-  return magnitudes;
-}
-
 // Adds the sums by magnitude in the workers' tables to bins, and clears the tables.
 void BinMagnitudes(DType dtype, const uint16_t* magnitudes, int64_t* tables, size_t workers,
                    float width, std::vector<int64_t>* sums) {
   for (size_t worker = 1; worker < workers; ++worker) {
     int64_t* const table = tables + worker * kHalfMagnitudes;
-    std::transform(tables, tables + kHalfMagnitudes, table, tables, std::plus<>());
+    AddTo(tables, table, kHalfMagnitudes);
     std::fill_n(table, kHalfMagnitudes, int64_t{0});
   }
   size_t used = kHalfMagnitudes;
@@ -137,7 +128,7 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
   std::vector<int64_t> importances(workers * tiles.columns());
   std::vector<int64_t> sums(bins);
   std::vector<float> maxima(tiles.count());
-  const uint16_t* const magnitudes = AllMagnitudes().data();
+  const uint16_t* const magnitudes = AllMagnitudes();
   std::vector<int64_t> own_tables;
   std::vector<int64_t>& tables = is_half && workers <= kKeptTables ? KeptTables() : own_tables;
   if (tables.size() < workers * table_size) tables.resize(workers * table_size);
@@ -172,7 +163,7 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
           });
     });
     for (size_t worker = 0; worker < workers; ++worker) {
-      AddTo(&sums, &tables[worker * table_size]);
+      AddTo(sums.data(), &tables[worker * table_size], bins);
     }
   }
   if (!std::isfinite(max_abs)) {

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "blocks.h"
@@ -14,13 +13,11 @@ namespace {
 void QuantizeByTable(DType dtype, const uint16_t* weights, size_t count, float amax, float scale,
                      size_t threads, uint8_t* codes) {
   const Kernels& kernels = ActiveKernels();
-  std::vector<uint16_t> magnitudes(kHalfMagnitudes);
-  std::iota(magnitudes.begin(), magnitudes.end(), uint16_t{0});
   std::vector<uint8_t> table(2 * kHalfMagnitudes);
   {
     // Another thread would take as long to start as to help.
     const ScopedFloatEnvironment environment;
-    kernels.quantize_e4m3(dtype, magnitudes.data(), kHalfMagnitudes, amax, scale, table.data());
+    kernels.quantize_e4m3(dtype, AllMagnitudes(), kHalfMagnitudes, amax, scale, table.data());
   }
   // A negative number has the code of its magnitude and the sign bit: of 16 bits here, of 8 there.
   std::transform(table.begin(), table.begin() + kHalfMagnitudes, table.begin() + kHalfMagnitudes,

@@ -28,7 +28,7 @@ from hswq.kernels import contract, dispatch
 from hswq.kernels.contract import CONTRACT, FLOATS, Op
 from hswq.kernels.dispatch import BACKENDS, BackendStatus, backend_report
 from hswq.kernels.fixed_point import MonitorAccumulators
-from hswq.kernels.reference import tree_sum
+from hswq.kernels.reference import bin_centres, tree_sum
 
 __all__ = [
     "BACKENDS",
@@ -37,6 +37,7 @@ __all__ = [
     "MonitorAccumulators",
     "Op",
     "backend_report",
+    "bin_centres",
     "channel_abs_mean",
     "clip_mse",
     "dequantize_e4m3",
@@ -150,8 +151,6 @@ def monitor(
         if means is not None and means.shape != (x.shape[axis],):
             why = f"axis {axis} of x {list(x.shape)}"
             contract.check_shape("monitor", name, means, [x.shape[axis]], why)
-    if torch.is_grad_enabled():
-        x, y = x.detach(), y.detach()
     result: Tensor = _run("monitor", backend, device, x, y, axis, accumulators, abs_mean)
     return result
 

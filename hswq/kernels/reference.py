@@ -149,7 +149,7 @@ def clip_mse(hist: Tensor, max_abs: Tensor, candidates: Tensor, scaled: bool) ->
     largest = float(max_abs)
     if largest == 0.0:
         return torch.zeros(candidates.shape, dtype=torch.float64, device=candidates.device)
-    centres = _bin_centres(largest, hist.numel())
+    centres = bin_centres(largest, hist.numel())
     errors = _direct_errors(hist.cpu(), centres, candidates.cpu().double(), scaled)
     return errors.to(candidates.device)
 
@@ -173,7 +173,7 @@ def _search_layer(
 ) -> tuple[float, float]:
     if largest == 0.0 or not math.isfinite(largest):
         return (0.0, 0.0) if largest == 0.0 else (math.nan, math.nan)
-    centres = _bin_centres(largest, hist.numel())
+    centres = bin_centres(largest, hist.numel())
     steps = torch.arange(candidates, dtype=torch.float64, device="cpu")
     best_amax, best_mse = math.nan, math.inf
     low, high = 0.5 * largest, largest
@@ -272,7 +272,8 @@ def tree_sum(values: Tensor) -> Tensor:
     return values[..., 0]
 
 
-def _bin_centres(largest: float, bins: int) -> Tensor:
+def bin_centres(largest: float, bins: int) -> Tensor:
+    """Return (b + 0.5) * (largest / bins), float64 [bins] on the CPU."""
     return (torch.arange(bins, dtype=torch.float64, device="cpu") + 0.5) * (largest / bins)
 
 

@@ -55,8 +55,7 @@ def histogram_power(hist: Tensor, max_abs: float) -> float:
         hist: float64 [bins], normalised to sum 1.
         max_abs: right edge of the last bin.
     """
-    bins = hist.numel()
-    centres = (torch.arange(bins, dtype=torch.float64, device="cpu") + 0.5) * (max_abs / bins)
+    centres = kernels.bin_centres(max_abs, hist.numel())
     return float(kernels.tree_sum(hist.cpu() * centres * centres))
 
 
@@ -81,14 +80,15 @@ def search_amax(
         importance: float32 [I], or [G, I] for a convolution of G groups; >= 0. None: all alike.
         scaled: True for V2 (q divides by amax / 448), False for V1.
         bins: equal-width bins of the histogram on [0, max|w|].
-        candidates: thresholds a stage, >= 2.
-        refinements: further stages, >= 0.
+        candidates: thresholds a stage, 2 to 100,000.
+        refinements: further stages, 0 to 100.
         backend: kernel backend; None lets the dispatcher choose.
         name: how errors call the weight.
     Returns:
         The threshold, its objective and the largest magnitude. An all-zero weight gives amax 0.
     Raises:
-        InputError: weight is empty, holds NaN or Inf, or importance has another length.
+        InputError: weight is empty, holds NaN or Inf, importance has another length, or a count is
+            out of range.
     """
     if weight.numel() == 0:
         raise InputError(f"{name} {list(weight.shape)} is empty: there is nothing to quantize.")

@@ -126,7 +126,7 @@ def search_with(**changes: Any) -> Kernel:
 
 
 def even_ties_clip_mse(hist: Tensor, max_abs: Tensor, amax: Tensor, scaled: bool) -> Tensor:
-    centres = reference._bin_centres(float(max_abs), hist.numel())
+    centres = reference.bin_centres(float(max_abs), hist.numel())
     clip = amax.double().clamp(max=448)[:, None]
     scale = (448 / clip) if scaled else torch.ones_like(clip)
     rounded = decode(encode((torch.minimum(centres, clip) * scale).float())).double() / scale
