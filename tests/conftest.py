@@ -109,13 +109,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     op = getattr(metafunc.module, "OP", None)
+    on_host = metafunc.definition.get_closest_marker("host_threads") is not None
     names = [
         status.name
         for status in dispatch.backend_report()
-        if not status.usable
-        or op is None
-        or op in status.native_ops
-        or device_of(status.name).type != "cpu"
+        if not (on_host and status.name == "triton")
+        and (
+            not status.usable
+            or op is None
+            or op in status.native_ops
+            or device_of(status.name).type != "cpu"
+        )
     ]
     metafunc.parametrize("backend", names, indirect=True)
 

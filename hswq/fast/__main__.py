@@ -141,7 +141,7 @@ def _backends(arguments: argparse.Namespace) -> None:
     from hswq.fast.render import render_backends
     from hswq.kernels import backend_report
 
-    report = backend_report()
+    report = backend_report(self_test=True)
     _show(arguments, [dataclasses.asdict(entry) for entry in report], render_backends(report))
 
 

@@ -81,11 +81,16 @@ def render_demo(result: DemoResult) -> str:
 
 
 def render_backends(report: tuple[BackendStatus, ...]) -> str:
-    """Return one line a backend: usable or why not, and what it implements itself."""
+    """Return a line a backend, usable or why not and what it implements, and failed self-tests."""
     lines = []
     for entry in report:
         if entry.reason is None:
             lines.append(f"{entry.name.ljust(10)} usable      {', '.join(entry.native_ops)}")
+            failed = {op: text for op, text in entry.self_tests.items() if text != "passed"}
+            if tested := len(entry.self_tests):
+                passed = tested - len(failed)
+                lines.append(f"{'':10} self-test   {passed} of {tested} ops passed")
+            lines += [f"{'':10} {op} {text}" for op, text in failed.items()]
         else:
             lines.append(f"{entry.name.ljust(10)} not usable  {entry.reason}")
     return "\n".join(lines)

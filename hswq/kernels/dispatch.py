@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ _MODULES = {
     "triton": "hswq.kernels.triton_backend",
 }
 BACKENDS = tuple(_MODULES)
+# Their modules have self_test() besides.
+_SELF_TESTED = ("triton",)
 _DEFAULTS = {"cpu": "cpp", "cuda": "triton"}
 # What an installation brings for a backend: the module, and how the installed metadata list it.
 _INSTALLED_PARTS = {
@@ -51,20 +53,30 @@ class BackendStatus:
         usable: whether it can run.
         reason: why not; None where it can.
         native_ops: ops that it implements itself; the others come from the reference.
+        self_tests: 'passed', or 'failed' and why, by op; empty where none was asked for or needed.
     """
 
     name: str
     usable: bool
     reason: str | None
     native_ops: tuple[str, ...]
+    self_tests: Mapping[str, str] = field(default_factory=dict)
 
 
-def backend_report() -> tuple[BackendStatus, ...]:
-    """Return the status of every backend."""
+def backend_report(self_test: bool = False) -> tuple[BackendStatus, ...]:
+    """Return the status of every backend.
+
+    Args:
+        self_test: also test what depends on the GPU and has not been tested there yet: seconds to
+            minutes, once.
+    """
     report = []
     for name in BACKENDS:
         ops, reason = _load(name)
-        report.append(BackendStatus(name, reason is None, reason, tuple(ops)))
+        tests = {}
+        if self_test and reason is None and name in _SELF_TESTED:
+            tests = importlib.import_module(_MODULES[name]).self_test()
+        report.append(BackendStatus(name, reason is None, reason, tuple(ops), tests))
     return tuple(report)
 
 

@@ -7,7 +7,7 @@ accept CPU tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,23 +16,30 @@ try:
     import triton
 except ImportError as error:
     _import_error: ImportError | None = error
-    OPS: dict[str, Callable[..., Any]] = {}
+    OPS: Mapping[str, Callable[..., Any]] = {}
     KERNELS: tuple[Any, ...] = ()
 else:
-    from hswq.kernels.triton_backend import quantize
+    from hswq.kernels.triton_backend import monitor, quantize
+    from hswq.kernels.triton_backend._guard import Guarded
 
     _import_error = None
     # What this backend implements natively; the dispatcher takes the other operations from the
-    # reference.
+    # reference. Every op is tested at its first use on a GPU.
     OPS = {
-        "quantize_e4m3": quantize.quantize_e4m3,
-        "dequantize_e4m3": quantize.dequantize_e4m3,
+        function.__name__: Guarded(function.__name__, function)
+        for function in (
+            monitor.moments,
+            monitor.channel_abs_mean,
+            monitor.monitor,
+            quantize.quantize_e4m3,
+            quantize.dequantize_e4m3,
+        )
     }
     # Every kernel with the signatures and configurations it is launched with: what the
     # compilation test and benchmarks/triton_resources.py go through.
-    KERNELS = quantize.KERNELS
+    KERNELS = (*monitor.KERNELS, *quantize.KERNELS)
 
-__all__ = ["KERNELS", "OPS", "unusable_reason"]
+__all__ = ["KERNELS", "OPS", "self_test", "unusable_reason"]
 
 
 def unusable_reason() -> str | None:
@@ -43,7 +50,7 @@ def unusable_reason() -> str | None:
     """
     if _import_error is not None:
         return f"module 'triton' cannot be imported: {_import_error}"
-    if not isinstance(quantize.quantize_e4m3_kernel, triton.JITFunction):
+    if not _on_gpu():
         # triton.jit read TRITON_INTERPRET when this package was imported and made an
         # interpreted function, which runs wherever torch runs.
         return None
@@ -53,3 +60,17 @@ def unusable_reason() -> str | None:
             "backend was first imported"
         )
     return None
+
+
+def self_test() -> dict[str, str]:
+    """Test what has not been tested yet on the current GPU, or in the interpreter.
+
+    Returns:
+        'passed', or 'failed' and why, by op.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+    return {op: guarded.result(device) for op, guarded in OPS.items()}
+
+
+def _on_gpu() -> bool:
+    return isinstance(quantize.quantize_e4m3_kernel, triton.JITFunction)

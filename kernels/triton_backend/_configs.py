@@ -56,6 +56,29 @@ FLOAT_TYPES = ("fp16", "bf16", "fp32")
 
 ELEMENTWISE = (LONG_ROWS, SHORT_ROWS)
 
+# Sums over activations. 16 elements a thread: their float64 sums fill 32 registers (x) or 64 (y),
+# and 32 bytes a thread on the way keep the memory busy. Tokens have their channels side by side in
+# memory, images their positions, and the long axis of a block follows the memory.
+_SUMS = {"SUM_X": 1, "SUM_Y": 1, "COMMIT": 1, "BLOCK_Y": 2048}
+_TOKENS = _SUMS | {"BLOCK_C": 128, "BLOCK_N": 16}
+_IMAGES = _SUMS | {"BLOCK_C": 4, "BLOCK_N": 512}
+MONITOR_TOKENS = Config("tokens", _TOKENS, num_warps=4)
+MONITOR_IMAGES = Config("images", _IMAGES, num_warps=4)
+# The mean |x| of each channel is known from another layer with the same input.
+MONITOR_KNOWN = Config("known", _TOKENS | {"SUM_X": 0}, num_warps=4)
+MOMENTS = Config("moments", _TOKENS | {"SUM_X": 0, "COMMIT": 0}, num_warps=4)
+CHANNELS_TOKENS = Config("channels_tokens", _TOKENS | {"SUM_Y": 0, "COMMIT": 0}, num_warps=4)
+CHANNELS_IMAGES = Config("channels_images", _IMAGES | {"SUM_Y": 0, "COMMIT": 0}, num_warps=4)
+
+
+def monitor_parts(chunks: int, groups: int) -> int:
+    """Choose how many programs share each group of a reduction.
+
+    About 512 in all, whatever the GPU, since the bits depend on it: twice as many, with those of y,
+    as fill the largest GPUs once. More would leave more partial sums to the last of them.
+    """
+    return max(1, min(chunks, 512 // max(1, groups)))
+
 
 def elementwise_config(columns: int) -> Config:
     """Choose the configuration of an element-wise kernel from the length of a row."""

@@ -35,6 +35,13 @@ def all_patterns(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
+def random_bits(count: int) -> Tensor:
+    """Float32 values of random bits: every exponent is equally likely, Inf and NaN occur."""
+    limits = torch.iinfo(torch.int32)
+    bits = torch.randint(limits.min, limits.max + 1, (count,), generator=generator())
+    return bits.to(torch.int32).view(torch.float32)
+
+
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """Float32 values of a 16- or 32-bit float tensor."""
     return tensor.detach().cpu().float().numpy()

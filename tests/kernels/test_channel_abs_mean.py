@@ -82,6 +82,7 @@ def test_wrong_axis_is_refused(backend: Backend) -> None:
         kernels.channel_abs_mean(torch.ones(5, 6), -3, backend=backend.name)
 
 
+@pytest.mark.host_threads
 @pytest.mark.parametrize(
     ("shape", "dim"), [((1, 1, 2000, 1500), -3), ((4, 3, 500, 701), -3), ((4099, 513), -1)]
 )

@@ -48,6 +48,13 @@ def test_shapes_and_row_scales(shape: tuple[int, ...], backend: Backend) -> None
     check(codes, torch.rand(shape[0], generator=cases.generator(1)) + 0.01, torch.float32, backend)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_products_round_to_the_nearest_value(dtype: torch.dtype, backend: Backend) -> None:
+    """From float16's subnormals to beyond its largest value: truncated or flushed, it is wrong."""
+    codes = ALL_CODES.expand(64, -1)
+    check(codes, torch.logspace(-12, 6, 64, dtype=torch.float32), dtype, backend)
+
+
 def test_float8_tensors_and_strides_are_taken(backend: Backend) -> None:
     """Loaders hold the weights as float8_e4m3fn, some of them transposed."""
     codes = ALL_CODES.reshape(16, 16)

@@ -72,6 +72,7 @@ def test_integers_are_refused(backend: Backend) -> None:
         kernels.moments(torch.ones(3, dtype=torch.int64), backend=backend.name)
 
 
+@pytest.mark.host_threads
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_number_of_threads_changes_no_bit(dtype: torch.dtype, backend: Backend) -> None:
     """A library's sum is split among its threads; statistics would depend on the machine."""

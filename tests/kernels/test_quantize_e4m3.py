@@ -57,6 +57,14 @@ def test_midpoints_go_to_the_even_code(scale: float, backend: Backend) -> None:
     check(values, cases.FLOAT32_MAX, scale, backend)
 
 
+@pytest.mark.parametrize("scale", [*SCALES, 3e-40])
+def test_random_float32_bits_round_to_the_nearest_code(scale: float, backend: Backend) -> None:
+    """Division or clipping could differ anywhere in float32's range: all exponents occur here."""
+    w = cases.random_bits(1 << 13)
+    check(w, cases.FLOAT32_MAX, scale, backend)
+    check(w, 1e-3, scale, backend)
+
+
 def test_overflow_saturates_and_nan_keeps_its_sign(backend: Backend) -> None:
     """torch's own cast gave NaN above 464 in older releases; a file must not depend on that."""
     w = torch.tensor([448.0, 463.9, 464.0, 465.0, 1e4, math.inf, math.nan], device=backend.device)
