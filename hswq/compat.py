@@ -54,7 +54,7 @@ class HSWQWeightedHistogramOptimizer:
     def _search(self, weight: Tensor, importance: Tensor | None, scaled: bool) -> AmaxResult:
         return search_amax(
             weight.to(self.device),
-            None if importance is None else importance.to(self.device, torch.float32),
+            None if importance is None else importance.float(),
             scaled=scaled,
             bins=self.bins,
             candidates=self.num_candidates,

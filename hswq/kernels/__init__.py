@@ -28,7 +28,7 @@ from hswq.kernels import contract, dispatch
 from hswq.kernels.contract import CONTRACT, FLOATS, Op
 from hswq.kernels.dispatch import BACKENDS, BackendStatus, backend_report
 from hswq.kernels.fixed_point import MonitorAccumulators
-from hswq.kernels.reference import bin_centres, tree_sum
+from hswq.kernels.reference import tree_sum
 
 __all__ = [
     "BACKENDS",
@@ -37,7 +37,6 @@ __all__ = [
     "MonitorAccumulators",
     "Op",
     "backend_report",
-    "bin_centres",
     "channel_abs_mean",
     "clip_mse",
     "dequantize_e4m3",
@@ -188,7 +187,8 @@ def weighted_histogram(
         importance = _checked_importance(op, importance, shape)
     weights = w.detach().reshape(*shape[:2], -1).contiguous()
     if importance is not None:
-        importance = importance.to(w.device)
+        # Pageable memory is read before the call returns, and nothing waits for the device.
+        importance = importance.to(w.device, non_blocking=True)
     hist, max_abs = _run(op, backend, w.device, weights, importance, bins)
     return hist, max_abs
 

@@ -8,7 +8,7 @@ from hswq.calibration import Calibration
 from hswq.config import QuantizeConfig
 from hswq.plan.plan import Plan
 from hswq.plan.select import Candidate, select_layers
-from hswq.search import search_amax
+from hswq.search import Layer, search_layers
 
 
 def plan_options(config: QuantizeConfig) -> dict[str, object]:
@@ -58,24 +58,30 @@ def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfi
         for name, part in modules.items()
     ]
     bins, thresholds, refinements = config.search_settings
-    layers = []
+    selected = select_layers(candidates, config)
+    wanted = [layer for layer in selected if layer.quantized]
+    found = search_layers(
+        (
+            Layer(
+                f"weight of layer {layer.name!r}",
+                modules[layer.name].weight.detach(),
+                calibration.importance(layer.name),
+                layer.scaled,
+            )
+            for layer in wanted
+        ),
+        bins=bins,
+        candidates=thresholds,
+        refinements=refinements,
+        backend=config.backend,
+    )
+    results = dict(zip((layer.name for layer in wanted), found, strict=True))
     source_bytes = sum(t.numel() * t.element_size() for t in module.state_dict().values())
     predicted_bytes = source_bytes
-    for layer in select_layers(candidates, config):
-        if not layer.quantized:
-            layers.append(layer)
-            continue
-        weight = modules[layer.name].weight.detach()
-        result = search_amax(
-            weight,
-            calibration.importance(layer.name),
-            scaled=layer.scaled,
-            bins=bins,
-            candidates=thresholds,
-            refinements=refinements,
-            backend=config.backend,
-            name=f"weight of layer {layer.name!r}",
-        )
-        layers.append(layer.with_search(result))
+    for layer in wanted:
+        weight = modules[layer.name].weight
         predicted_bytes -= weight.numel() * (weight.element_size() - 1) - (4 if layer.scaled else 0)
-    return Plan(tuple(layers), plan_options(config), source_bytes, predicted_bytes)
+    layers = tuple(
+        layer.with_search(results[layer.name]) if layer.quantized else layer for layer in selected
+    )
+    return Plan(layers, plan_options(config), source_bytes, predicted_bytes)

@@ -1,5 +1,5 @@
 """Search of the clipping threshold."""
 
-from hswq.search.amax import AmaxResult, search_amax
+from hswq.search.amax import AmaxResult, Layer, search_amax, search_layers
 
-__all__ = ["AmaxResult", "search_amax"]
+__all__ = ["AmaxResult", "Layer", "search_amax", "search_layers"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import hswq
 from hswq import kernels
 from hswq.compat import HSWQWeightedHistogramOptimizer
 from hswq.errors import InputError
+from hswq.search import Layer, search_layers
+from hswq.search import amax as amax_module
 from tests.conftest import Backend
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -136,3 +139,55 @@ def test_empty_weight_and_wrong_importance_are_refused() -> None:
             HSWQWeightedHistogramOptimizer().compute_optimal_amax(
                 torch.ones(2, 4), torch.ones(length)
             )
+
+
+def test_layers_together_give_what_each_gives_alone(backend: Backend) -> None:
+    """A model is searched in one go: a neighbour's histogram or mode would move its threshold."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for number, (shape, dtype) in enumerate(
+        [((8, 6), torch.float16), ((4, 6, 3, 3), torch.bfloat16), ((5, 7), torch.float32)] * 2
+    ):
+        weight = (torch.randn(shape, generator=generator) * 0.02).to(backend.device, dtype)
+        importance = None if number == 1 else torch.rand(shape[1], generator=generator)
+        layers.append(Layer(f"layer {number}", weight, importance, scaled=number % 3 > 0))
+    layers.append(Layer("zero", torch.zeros(3, 3, device=backend.device), None, True))
+    settings = {"bins": 128, "candidates": 20, "refinements": 1, "backend": backend.name}
+    alone = [
+        hswq.search_amax(layer.weight, layer.importance, scaled=layer.scaled, **settings)
+        for layer in layers
+    ]
+    assert search_layers(layers, **settings) == alone
+    assert len({result.amax for result in alone}) == len(layers)
+
+
+def test_batches_of_layers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million bins for every layer of a model at once would be gigabytes."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [
+        Layer(str(number), torch.randn(4, 4, generator=generator), None, number % 2 == 0)
+        for number in range(5)
+    ]
+    together = search_layers(layers, bins=64)
+    monkeypatch.setattr(amax_module, "_BATCH_BYTES", 64 * 8 * 2)
+    sizes = []
+    search = kernels.search_amax
+
+    def counted(hists: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(len(hists))
+        return search(hists, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "search_amax", counted)
+    assert search_layers(layers, bins=64) == together
+    assert sizes == [1, 1, 1, 1, 1]
+
+
+def test_bad_layer_among_others_is_named() -> None:
+    """A damaged tensor is one of hundreds."""
+    layers = [
+        Layer("good", torch.ones(2, 2), None, True),
+        Layer("bad", torch.tensor([[1.0, torch.nan]]), None, True),
+    ]
+    with pytest.raises(InputError, match=r"bad \[1, 2\] holds NaN or Inf"):
+        search_layers(layers)
+    assert search_layers([]) == []
