@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,8 @@ def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibrati
     device. Nothing waits for the device before the block ends. Layers that are fed by the same
     tensor, unchanged in between, reduce it once. A call whose tensors hold NaN or Inf counts as
     skipped and adds nothing. A module registered under two names is one layer, under the first.
+    Works with CUDA graphs that are captured inside the block, and with modules that torch.compile
+    compiles inside it; code compiled before knows no hooks (torch.compiler.reset() discards it).
 
     Args:
         module: the denoiser, or any module with Linear or Conv2d layers.
@@ -114,7 +116,11 @@ class _LayerMonitor:
         self._room = 0
 
     def attach(self) -> torch.utils.hooks.RemovableHandle:
-        return self._layer.register_forward_hook(self._hook, with_kwargs=True)
+        # Where the module is compiled, the graph breaks here: kernels that change sums in place
+        # through their addresses cannot be traced.
+        hook: Callable[..., None]
+        hook = torch.compiler.disable(self._hook, reason="hswq.observe")  # type: ignore[no-untyped-call]
+        return self._layer.register_forward_hook(hook, with_kwargs=True)
 
     def _hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -19,7 +19,7 @@ except ImportError as error:
     OPS: Mapping[str, Callable[..., Any]] = {}
     KERNELS: tuple[Any, ...] = ()
 else:
-    from hswq.kernels.triton_backend import monitor, quantize
+    from hswq.kernels.triton_backend import histogram, monitor, quantize
     from hswq.kernels.triton_backend._guard import Guarded
 
     _import_error = None
@@ -31,13 +31,14 @@ else:
             monitor.moments,
             monitor.channel_abs_mean,
             monitor.monitor,
+            histogram.weighted_histogram,
             quantize.quantize_e4m3,
             quantize.dequantize_e4m3,
         )
     }
     # Every kernel with the signatures and configurations it is launched with: what the
     # compilation test and benchmarks/triton_resources.py go through.
-    KERNELS = (*monitor.KERNELS, *quantize.KERNELS)
+    KERNELS = (*monitor.KERNELS, *histogram.KERNELS, *quantize.KERNELS)
 
 __all__ = ["KERNELS", "OPS", "self_test", "unusable_reason"]
 

@@ -7,7 +7,7 @@ is one row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,44 @@ def monitor_parts(chunks: int, groups: int) -> int:
     return max(1, min(chunks, 512 // max(1, groups)))
 
 
-def elementwise_config(columns: int) -> Config:
-    """Choose the configuration of an element-wise kernel from the length of a row."""
-    return LONG_ROWS if columns >= LONG_ROWS.constants["BLOCK_C"] else SHORT_ROWS
+def elementwise_config(columns: int, configs: Sequence[Config] = ELEMENTWISE) -> Config:
+    """Choose from a configuration for long rows and one for short ones."""
+    long, short = configs
+    return long if columns >= long.constants["BLOCK_C"] else short
+
+
+def extended(configs: Iterable[Config], name: str, **constants: int) -> tuple[Config, ...]:
+    """Return configurations with further compile-time values, and so named."""
+    return tuple(
+        Config(f"{config.name}-{name}", {**config.constants, **constants}, config.num_warps)
+        for config in configs
+    )
+
+
+# Histograms: 8 weights a thread, one 16-byte load of 16-bit ones. Each takes an address and a sum
+# of 64 bits, for which more would not leave registers enough.
+HISTOGRAM = (
+    Config("long_rows", {"BLOCK_R": 1, "BLOCK_C": 1024}, num_warps=4),
+    Config("short_rows", {"BLOCK_R": 8, "BLOCK_C": 128}, num_warps=4),
+)
+WEIGHTS_ALIKE = extended(HISTOGRAM, "alike", HAS_IMPORTANCE=0)
+WEIGHTS_WITH_IMPORTANCE = extended(HISTOGRAM, "importance", HAS_IMPORTANCE=1)
+# What the entries of a table are: bins, or the magnitudes of a 16-bit type.
+TABLE_KINDS = {"bins": 0, "fp16": 1, "bf16": 2}
+# 32 programs for the 2**15 magnitudes: they add few numbers, and the last of them divides.
+FINISH_HISTOGRAM = {
+    name: Config(name, {"BLOCK": 1024, "KIND": kind}, num_warps=4)
+    for name, kind in TABLE_KINDS.items()
+}
+
+
+def histogram_copies(weights: int) -> int:
+    """Choose how many tables share the atomic additions of a weight.
+
+    The magnitudes of a layer crowd in a few hundred entries of a table, which one memory slice
+    each serves one after the other. Small weights are not worth the clearing of eight tables.
+    """
+    return 8 if weights >= 1 << 20 else 1
 
 
 def elementwise_signatures(

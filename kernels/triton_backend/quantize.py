@@ -22,24 +22,7 @@ from hswq.kernels.triton_backend._configs import (
 from hswq.kernels.triton_backend._e4m3 import decode, encode_magnitude, sign_code
 from hswq.kernels.triton_backend._floats import narrow, widen
 from hswq.kernels.triton_backend._launch import launch
-
-
-@triton.jit
-def tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Place of this program in a contiguous [rows, columns] tensor.
-
-    Returns:
-        row int64 [BLOCK_R], offset int64 [BLOCK_R, BLOCK_C], inside bool [BLOCK_R, BLOCK_C].
-    """
-    blocks = tl.cdiv(columns, BLOCK_C)
-    # Neighbouring programs work on neighbouring columns; int64 because a tensor may hold more
-    # than 2**31 elements.
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    offset = row[:, None] * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return row, offset, inside
+from hswq.kernels.triton_backend._tiles import tile, tile_programs
 
 
 # `rows` only bounds the grid; specialised, it would cost one more compilation for a single row and
@@ -55,7 +38,7 @@ def quantize_e4m3_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row, offset, inside = tile(rows, columns, BLOCK_R, BLOCK_C)
+    row, _, offset, inside = tile(rows, columns, BLOCK_R, BLOCK_C)
     amax = tl.load(amax_ptr + row, mask=row < rows, other=0.0)  # [BLOCK_R]
     scale = tl.load(scale_ptr + row, mask=row < rows, other=1.0)  # [BLOCK_R]
     w = tl.load(w_ptr + offset, mask=inside, other=0.0)  # [BLOCK_R, BLOCK_C]
@@ -68,7 +51,7 @@ def quantize_e4m3_kernel(
 def dequantize_e4m3_kernel(
     codes_ptr, scale_ptr, w_ptr, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    row, offset, inside = tile(rows, columns, BLOCK_R, BLOCK_C)
+    row, _, offset, inside = tile(rows, columns, BLOCK_R, BLOCK_C)
     scale = tl.load(scale_ptr + row, mask=row < rows, other=1.0)  # [BLOCK_R]
     codes = tl.load(codes_ptr + offset, mask=inside, other=0)  # [BLOCK_R, BLOCK_C]
     w = decode(codes) * scale[:, None]
@@ -90,9 +73,8 @@ def launch_tiles(
     rows = source.shape[0] if any(factor.dim() for factor in factors) else 1
     columns = source.numel() // rows
     config = elementwise_config(columns)
-    programs = triton.cdiv(rows, config.constants["BLOCK_R"]) * triton.cdiv(
-        columns, config.constants["BLOCK_C"]
-    )
+    block_r, block_c = config.constants["BLOCK_R"], config.constants["BLOCK_C"]
+    programs = tile_programs(rows, columns, block_r, block_c)
     by_row = [factor.expand(rows).contiguous() for factor in factors]
     launch(kernel, programs, source.device, config, source, *by_row, output, rows, columns)
 
