@@ -19,7 +19,7 @@ except ImportError as error:
     OPS: Mapping[str, Callable[..., Any]] = {}
     KERNELS: tuple[Any, ...] = ()
 else:
-    from hswq.kernels.triton_backend import histogram, monitor, quantize
+    from hswq.kernels.triton_backend import histogram, monitor, quantize, search
     from hswq.kernels.triton_backend._guard import Guarded
 
     _import_error = None
@@ -32,13 +32,15 @@ else:
             monitor.channel_abs_mean,
             monitor.monitor,
             histogram.weighted_histogram,
+            search.clip_mse,
+            search.search_amax,
             quantize.quantize_e4m3,
             quantize.dequantize_e4m3,
         )
     }
     # Every kernel with the signatures and configurations it is launched with: what the
     # compilation test and benchmarks/triton_resources.py go through.
-    KERNELS = (*monitor.KERNELS, *histogram.KERNELS, *quantize.KERNELS)
+    KERNELS = (*monitor.KERNELS, *histogram.KERNELS, *search.KERNELS, *quantize.KERNELS)
 
 __all__ = ["KERNELS", "OPS", "self_test", "unusable_reason"]
 

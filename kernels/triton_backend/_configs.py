@@ -139,3 +139,10 @@ def elementwise_signatures(
         {**sets[0], "rows": "i32", "columns": "i64"},
         {**sets[0], "rows": "i32", "columns": "i32:1"},
     )
+
+
+# Searches: one program a layer, and a model has more layers than a GPU has processors. 8 warps hold
+# 8 or 16 float64 numbers a thread: a block of bins, or as many candidates by 128 codepoints.
+_SEARCH = {"BLOCK": 2048, "BLOCK_N": 16}
+SEARCH_SCALED = Config("scaled", _SEARCH | {"SCALED": 1}, num_warps=8)
+SEARCH_UNSCALED = Config("unscaled", _SEARCH | {"SCALED": 0}, num_warps=8)
