@@ -19,7 +19,7 @@ except ImportError as error:
     OPS: Mapping[str, Callable[..., Any]] = {}
     KERNELS: tuple[Any, ...] = ()
 else:
-    from hswq.kernels.triton_backend import histogram, monitor, quantize, search
+    from hswq.kernels.triton_backend import gram, histogram, monitor, quantize, rounding, search
     from hswq.kernels.triton_backend._guard import Guarded
 
     _import_error = None
@@ -36,11 +36,17 @@ else:
             search.search_amax,
             quantize.quantize_e4m3,
             quantize.dequantize_e4m3,
+            gram.gram,
+            rounding.round_compensated,
         )
     }
     # Every kernel with the signatures and configurations it is launched with: what the
     # compilation test and benchmarks/triton_resources.py go through.
-    KERNELS = (*monitor.KERNELS, *histogram.KERNELS, *search.KERNELS, *quantize.KERNELS)
+    KERNELS = tuple(
+        kernel
+        for module in (monitor, histogram, search, quantize, gram, rounding)
+        for kernel in module.KERNELS
+    )
 
 __all__ = ["KERNELS", "OPS", "self_test", "unusable_reason"]
 

@@ -146,3 +146,13 @@ def elementwise_signatures(
 _SEARCH = {"BLOCK": 2048, "BLOCK_N": 16}
 SEARCH_SCALED = Config("scaled", _SEARCH | {"SCALED": 1}, num_warps=8)
 SEARCH_UNSCALED = Config("unscaled", _SEARCH | {"SCALED": 0}, num_warps=8)
+
+# Compensated rounding. Few rows a program, so that even 320 rows make 20 programs; 64 columns, so
+# that a step of the loop has 8 products a thread for each pair of vectors it reads.
+ROUND_COMPENSATED = Config("rows", {"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4)
+
+# Gram matrices. Tiles of 64 columns: a layer of 1,280 makes 210 programs, larger ones more. 8 warps
+# because the addresses of patches fill registers.
+_GRAM = {"BLOCK_T": 64, "BLOCK_P": 32, "PANEL": 1024}
+GRAM_SIXTEEN_BIT = Config("tf32", _GRAM | {"TF32": 1}, num_warps=8)
+GRAM_EXACT = Config("ieee", _GRAM | {"TF32": 0}, num_warps=8)
