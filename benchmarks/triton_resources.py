@@ -7,7 +7,9 @@ and configuration. Writes JSON lines to results/triton_resources.jsonl.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -134,6 +136,14 @@ def measure(variant: Variant, assembly_folder: Path | None) -> dict[str, Any]:
     }
 
 
+# Kernels cannot be sent to another process, but a forked one has them.
+_variants: list[Variant] = []
+
+
+def _line(number: int, assembly_folder: Path | None) -> str:
+    return json.dumps(measure(_variants[number], assembly_folder)) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few variants; prints, writes no file")
@@ -142,9 +152,10 @@ def main() -> None:
     options = parser.parse_args()
     if not all(isinstance(kernel.function, triton.JITFunction) for kernel in KERNELS):
         sys.exit("TRITON_INTERPRET is set, so that nothing can be compiled: unset it.")
-    lines = [
-        json.dumps(measure(variant, options.assembly)) + "\n" for variant in variants(options.smoke)
-    ]
+    _variants.extend(variants(options.smoke))
+    line = functools.partial(_line, assembly_folder=options.assembly)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        lines = pool.map(line, range(len(_variants)), chunksize=1)
     if options.smoke:
         print("".join(lines), end="")
     else:

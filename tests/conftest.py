@@ -71,6 +71,8 @@ def lacking(item: pytest.Item, config: pytest.Config) -> tuple[str, str] | None:
         reasons = {status.name: status.reason for status in dispatch.backend_report()}
         if (reason := reasons[backend]) is not None:
             return f"backend {backend}", reason
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        return "a GPU", "torch finds no CUDA or HIP device"
     # Without the extension such a test stays, and skips or fails by itself.
     if isa is not None and cpp_backend.unusable_reason() is None:
         supported = cpp_backend._cpp.supported_isas()

@@ -153,6 +153,6 @@ ROUND_COMPENSATED = Config("rows", {"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4)
 
 # Gram matrices. Tiles of 64 columns: a layer of 1,280 makes 210 programs, larger ones more. 8 warps
 # because the addresses of patches fill registers.
-_GRAM = {"BLOCK_T": 64, "BLOCK_P": 32, "PANEL": 1024}
-GRAM_SIXTEEN_BIT = Config("tf32", _GRAM | {"TF32": 1}, num_warps=8)
-GRAM_EXACT = Config("ieee", _GRAM | {"TF32": 0}, num_warps=8)
+_GRAM = {"BLOCK_T": 64, "PANEL": 1024}
+GRAM_SIXTEEN_BIT = Config("tf32", _GRAM | {"TF32": 1, "BLOCK_P": 32}, num_warps=8)
+GRAM_EXACT = Config("ieee", _GRAM | {"TF32": 0, "BLOCK_P": 16}, num_warps=8)

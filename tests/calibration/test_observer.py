@@ -487,3 +487,23 @@ def test_hook_never_waits_for_the_device():
         assert mode.reads == 0
         draw(1).item()
     assert mode.reads == 1
+
+
+def statistics_of(module, *modules_to_run):
+    """Return what the layers of a module saw while others, which share them, ran."""
+    torch._dynamo.reset()
+    with torch.no_grad(), observe(module) as calibration:
+        for run in modules_to_run:
+            run(draw(2, 4))
+    return {
+        name: (it.calls, it.mean_y, it.mean_y2, it.abs_mean.tolist())
+        for name, it in calibration.modules.items()
+    }
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_module_gives_the_same_statistics(compiler):
+    """Traced, the hooks would break the compiler or count the first call alone."""
+    module = Attention()
+    compiled = torch.compile(module, backend=compiler)
+    assert statistics_of(module, *[compiled] * 3) == statistics_of(module, *[module] * 3)

@@ -19,8 +19,26 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "triton_resources.py"
 TARGETS = {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
-# Kernels whose bytes must equal the reference's: no approximate division, no fused multiply-add.
-EXACT = ("quantize_e4m3_kernel", "dequantize_e4m3_kernel")
+# Kernels whose bytes must equal the reference's, and the types that they divide: no approximate
+# division, no fused multiply-add.
+EXACT = {
+    "quantize_e4m3_kernel": {"f32"},
+    "dequantize_e4m3_kernel": set(),
+    "sum_weights_kernel": {"f32", "f64"},
+    "finish_histogram_kernel": {"f32", "f64"},
+    "search_amax_kernel": {"f64"},
+    "round_compensated_kernel": {"f32", "f64"},
+}
+INEXACT = r"\.ftz|\bfma\.|\bmad\.\S*f\d\d|div\.(?:full|approx)\S*|e4m3x2"
+# Kernels that the memory's speed limits, and the argument that tells the aligned launches.
+MEMORY_BOUND = {
+    "quantize_e4m3_kernel": "columns",
+    "dequantize_e4m3_kernel": "columns",
+    "sum_weights_kernel": "columns",
+    "largest_bits_kernel": "columns",
+    "largest_magnitude_kernel": "size",
+    "monitor_kernel": "y_size",
+}
 
 
 def run_script(cache: Path, *arguments: str | Path) -> str:
@@ -67,7 +85,7 @@ def test_first_variants_compile_without_spills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_variants_compile_without_spills(
+def test_all_variants_compile(
     compiled: tuple[list[dict[str, Any]], Path],
 ) -> None:
     """A kernel would fail on some GPU, or move registers through memory while bound by memory."""
@@ -85,7 +103,10 @@ def test_all_variants_compile_without_spills(
         len(kernel.signatures) * len(kernel.configs) for kernel in triton_backend.KERNELS
     )
     assert all(row["registers"] > 0 for row in rows)
-    assert [row for row in rows if row["spill_bytes"]] == []
+    spills = {row["name"]: row["spill_bytes"] for row in rows if row["spill_bytes"]}
+    assert [name for name in spills if name.split("-")[0] in MEMORY_BOUND] == []
+    # ptxas would rather run two programs side by side.
+    assert max(spills.values(), default=0) <= 256
 
 
 @pytest.mark.slow
@@ -97,35 +118,40 @@ def test_exact_kernels_use_ieee_arithmetic(
     _, folder = compiled
     ptx = [path.read_text(encoding="utf-8") for path in folder.glob(f"{kernel}-*.ptx")]
     assert ptx
+    divided = set()
     for text in ptx:
-        assert re.findall(r"\.ftz|\bfma\.|\bmad\.\S*f32|div\.(?:full|approx)\S*|e4m3x2", text) == []
-        assert ("div.rn.f32" in text) == (kernel == "quantize_e4m3_kernel")
+        assert (
+            re.findall(r"\.ftz|\bfma\.|\bmad\.\S*f\d\d|div\.(?:full|approx)\S*|e4m3x2", text) == []
+        )
+        divided |= set(re.findall(r"div\.rn\.(f\d\d)", text))
+    assert divided == EXACT[kernel]
     amd = [path.read_text(encoding="utf-8") for path in folder.glob(f"{kernel}-*.amdgcn")]
     assert amd
     for text in amd:
         # 3: subnormals are kept in inputs and results.
         assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", text)
-        # The last step of LLVM's correctly rounded division.
-        assert ("v_div_fixup_f32" in text) == (kernel == "quantize_e4m3_kernel")
+        assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3\b", text)
+    # The last step of LLVM's correctly rounded division.
+    assert set(re.findall(r"v_div_fixup_(f\d\d)", "".join(amd))) == EXACT[kernel]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize("kernel", MEMORY_BOUND)
 def test_aligned_tensors_move_in_16_bytes(
     kernel: str, compiled: tuple[list[dict[str, Any]], Path]
 ) -> None:
-    """Narrow loads and stores would keep a memory-bound kernel from the memory's speed."""
+    """Narrow loads would keep a memory-bound kernel from the memory's speed."""
     rows, folder = compiled
-    names = {row["name"] for row in rows if row["kernel"] == kernel}
     aligned = {
         row["name"]
         for row in rows
         if row["kernel"] == kernel
-        and row["signature"]["columns"] == "i32:16"
+        and row["signature"][MEMORY_BOUND[kernel]] == "i32:16"
         and row["target"].startswith("sm_")
     }
-    assert aligned < names
+    assert aligned
     for name in aligned:
         text = (folder / f"{name}.ptx").read_text(encoding="utf-8")
-        assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", text)
-        assert re.search(r"st\.global(\.\w+)*\.v4\.b32", text)
+        assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", text), name
+        if kernel.endswith("quantize_e4m3_kernel"):
+            assert re.search(r"st\.global(\.\w+)*\.v4\.b32", text), name
