@@ -27,9 +27,11 @@ def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibrati
 
     For each call of a layer with input x and output y: mean(y), mean(y^2) over all elements and
     mean |x| per input channel are added, with equal weight per call, to sums on the layer's
-    device. Nothing waits for the device before the block ends. Layers that are fed by the same
-    tensor, unchanged in between, reduce it once. A call whose tensors hold NaN or Inf counts as
-    skipped and adds nothing. A module registered under two names is one layer, under the first.
+    device. Nothing waits for the device before the block ends. Layers that one forward feeds with
+    the same tensor, unchanged in between, reduce it once. A call whose tensors hold NaN or Inf
+    counts as skipped and adds nothing. A module registered under two names is one layer, under the
+    first.
+
     Works with CUDA graphs that are captured inside the block, and with modules that torch.compile
     compiles inside it; code compiled before knows no hooks (torch.compiler.reset() discards it).
 
@@ -59,6 +61,8 @@ def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibrati
         hooks.callback(shared.forget)
         for monitor in monitors:
             hooks.callback(monitor.attach().remove)
+        # Nor do two captured forwards share what they know of an input that outlives them.
+        hooks.callback(module.register_forward_hook(_uncompiled(shared.end_forward)).remove)
         yield calibration
     calibration.modules.update({monitor.name: monitor.statistics() for monitor in monitors})
     _warn_of_gaps(calibration)
@@ -73,9 +77,15 @@ class _SharedInputs:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
+        self._capturing = False
 
     def find(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the abs_mean that was kept for x as it is now, reduced to axis `dim`."""
+        # Replays of a CUDA graph find other values in x: what was known before is not part of it.
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing != self._capturing:
+            self.forget()
+            self._capturing = capturing
         entry = self._entries.get(id(x))
         if entry is None:
             return None
@@ -91,9 +101,23 @@ class _SharedInputs:
         tensor = weakref.ref(x, lambda _: entries.pop(key, None))
         entries[key] = tensor, x._version, dim, abs_mean
 
+    def end_forward(self, *_: object) -> None:
+        """Forget, as a forward hook of the whole module."""
+        self.forget()
+
     def forget(self) -> None:
         """Let go of everything; what outlives the observation would hold it in a cycle."""
         self._entries.clear()
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook at which the graph of a compiled module breaks.
+
+    Kernels that change sums in place through their addresses cannot be traced.
+    """
+    disabled: Callable[..., None]
+    disabled = torch.compiler.disable(hook, reason="hswq.observe")  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class _LayerMonitor:
@@ -116,11 +140,7 @@ class _LayerMonitor:
         self._room = 0
 
     def attach(self) -> torch.utils.hooks.RemovableHandle:
-        # Where the module is compiled, the graph breaks here: kernels that change sums in place
-        # through their addresses cannot be traced.
-        hook: Callable[..., None]
-        hook = torch.compiler.disable(self._hook, reason="hswq.observe")  # type: ignore[no-untyped-call]
-        return self._layer.register_forward_hook(hook, with_kwargs=True)
+        return self._layer.register_forward_hook(_uncompiled(self._hook), with_kwargs=True)
 
     def _hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

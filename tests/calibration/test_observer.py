@@ -348,7 +348,8 @@ def test_hooks_are_removed_after_success_and_after_an_error():
     module = Attention()
     with torch.no_grad(), observe(module):
         module(draw(5, 4))
-        assert hooks_of(module) == 3
+        # One a layer and one of the whole module.
+        assert hooks_of(module) == 4
     assert hooks_of(module) == 0
     with pytest.raises(KeyboardInterrupt), observe(module) as calibration:
         raise KeyboardInterrupt
@@ -507,3 +508,20 @@ def test_compiled_module_gives_the_same_statistics(compiler):
     module = Attention()
     compiled = torch.compile(module, backend=compiler)
     assert statistics_of(module, *[compiled] * 3) == statistics_of(module, *[module] * 3)
+
+
+def test_input_is_reduced_once_in_each_forward(monkeypatch):
+    """A captured forward that leans on an earlier one would replay that one's importance."""
+    module, x = Attention(), draw(2, 4)
+    known = []
+    monitor = kernels.monitor
+
+    def counted(*arguments, abs_mean, **options):
+        known.append(abs_mean is not None)
+        return monitor(*arguments, abs_mean=abs_mean, **options)
+
+    monkeypatch.setattr(kernels, "monitor", counted)
+    with torch.no_grad(), observe(module):
+        module(x)
+        module(x)
+    assert known == [False, True, True] * 2
