@@ -8,6 +8,7 @@ that it rounds in float32, keeps float32 means and pads nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAGNITUDES = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-_MIDPOINTS = (MAGNITUDES[:-1] + MAGNITUDES[1:]) / 2
 _LARGEST = 448.0
 
 Rounding = Callable[[Tensor], Tensor]
 
 
+@functools.cache
+def magnitudes_and_midpoints(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the magnitudes, float32 [127], and the midpoints between them, [126]."""
+    codes = torch.arange(0x7F, dtype=torch.uint8, device=device)
+    magnitudes = codes.view(torch.float8_e4m3fn).float()
+    return magnitudes, (magnitudes[:-1] + magnitudes[1:]) / 2
+
+
 def round_by_distance(x: Tensor) -> Tensor:
     """Round float32 [n] >= 0 to the nearest magnitude, ties to the smaller, by all distances."""
-    return MAGNITUDES[(x[:, None] - MAGNITUDES).abs().argmin(dim=1)]
+    magnitudes, _ = magnitudes_and_midpoints(x.device)
+    return magnitudes[(x[:, None] - magnitudes).abs().argmin(dim=1)]
 
 
 def round_by_bisection(x: Tensor) -> Tensor:
     """Round float32 [n] >= 0 to the nearest magnitude, ties to the smaller, by searchsorted."""
-    return MAGNITUDES[torch.searchsorted(_MIDPOINTS, x)]
+    magnitudes, midpoints = magnitudes_and_midpoints(x.device)
+    return magnitudes[torch.searchsorted(midpoints, x)]
 
 
 def weighted_histogram(

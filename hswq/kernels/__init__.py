@@ -27,7 +27,7 @@ from hswq.errors import InputError
 from hswq.kernels import contract, dispatch
 from hswq.kernels.contract import CONTRACT, FLOATS, Op
 from hswq.kernels.dispatch import BACKENDS, BackendStatus, backend_report
-from hswq.kernels.fixed_point import MonitorAccumulators
+from hswq.kernels.fixed_point import MonitorAccumulators, importance_to_fixed
 from hswq.kernels.reference import tree_sum
 
 __all__ = [
@@ -186,10 +186,12 @@ def weighted_histogram(
     if importance is not None:
         importance = _checked_importance(op, importance, shape)
     weights = w.detach().reshape(*shape[:2], -1).contiguous()
+    fixed = None
     if importance is not None:
-        # Pageable memory is read before the call returns, and nothing waits for the device.
-        importance = importance.to(w.device, non_blocking=True)
-    hist, max_abs = _run(op, backend, w.device, weights, importance, bins)
+        # Where the importance is, which spares an accelerator a dozen launches. Pageable memory is
+        # read before `to` returns, and nothing waits for the device.
+        fixed = importance_to_fixed(importance, w.numel()).to(w.device, non_blocking=True)
+    hist, max_abs = _run(op, backend, w.device, weights, fixed, bins)
     return hist, max_abs
 
 

@@ -8,8 +8,9 @@ that order, positionally, without `backend`, checked and brought to one form:
 - codes are uint8; `dim` counts from the end; `stride`, `padding`, `dilation`, `kernel_size` are
   pairs;
 - `amax` and `scale` are float32 tensors, [] or [O] (`input_scale`: [] or None);
-- `weighted_histogram`: w is [O, I, K] (a vector is [1, n, 1]), importance is None or float32 [G, I]
-  and not all zero; `search_amax`: hists [L, bins] and max_abs [L], returns [L] and [L];
+- `weighted_histogram`: w is [O, I, K] (a vector is [1, n, 1]), importance is None or int64 [G, I],
+  as fixed_point.importance_to_fixed makes it; `search_amax`: hists [L, bins] and max_abs [L],
+  returns [L] and [L];
 - `gram`, `scaled_conv2d`: convolution inputs are [B, C, H, W]; `compute` is never 'auto';
 - no tensor is empty, except the activations of moments, channel_abs_mean and monitor.
 """

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from hswq.errors import OptionError
 from hswq.kernels.contract import COMPUTE
-from hswq.kernels.fixed_point import MonitorAccumulators, importance_to_fixed
+from hswq.kernels.fixed_point import MonitorAccumulators
 from hswq.kernels.reference import activate, quantize_rows
 
 # Elements of the float32 tiles that the products work on: decoded weights stay in the cache, and
@@ -105,14 +105,13 @@ def monitor(
 
 
 def weighted_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple[Tensor, Tensor]:
-    fixed = None if importance is None else importance_to_fixed(importance, w.numel()).contiguous()
     hist = _empty(bins, torch.float64)
     max_abs = _cpp.weighted_histogram(
         _dtype(w.dtype),
         w.data_ptr(),
         w.shape,
-        0 if fixed is None else fixed.data_ptr(),
-        1 if fixed is None else len(fixed),
+        0 if importance is None else importance.data_ptr(),
+        1 if importance is None else len(importance),
         bins,
         _threads(),
         hist.data_ptr(),

@@ -24,7 +24,6 @@ from hswq.kernels.fixed_point import (
     ABS_MEAN_LIMIT,
     MEAN_LIMIT,
     MonitorAccumulators,
-    importance_to_fixed,
     to_fixed,
     to_pair,
 )
@@ -130,8 +129,7 @@ def _weighted_chunks(w: Tensor, importance: Tensor | None) -> Iterator[tuple[Ten
             yield part, one.expand(part.numel())
         return
     _, columns, kernel = w.shape
-    fixed = importance_to_fixed(importance, w.numel())
-    for rows, weights in zip(w.chunk(len(fixed)), fixed, strict=True):
+    for rows, weights in zip(w.chunk(len(importance)), importance, strict=True):
         weights_of_row = weights[:, None].expand(columns, kernel).reshape(1, -1)
         for some in _row_chunks(rows):
             piece = rows[some]

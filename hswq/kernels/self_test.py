@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hswq.kernels import reference
 from hswq.kernels.contract import CONTRACT, FLOATS
-from hswq.kernels.fixed_point import MonitorAccumulators
+from hswq.kernels.fixed_point import MonitorAccumulators, importance_to_fixed
 
 _TOLERANCE = 2.0**-30
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -128,7 +128,7 @@ def _monitor() -> Iterator[Arguments]:
 
 def _weighted_histogram() -> Iterator[Arguments]:
     w = _normal(8, 6, 9)
-    importance = _normal(2, 6, sigma=1.0).abs()
+    importance = importance_to_fixed(_normal(2, 6, sigma=1.0).abs(), w.numel())
     for dtype in FLOATS:
         yield w.to(dtype), importance, 256
         yield w.to(dtype), None, 100

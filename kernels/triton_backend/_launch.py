@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,17 @@ def launch(
         config: compile-time values and warps.
         arguments: run-time arguments in the kernel's order.
     """
-    # A device of any other type than CUDA or HIP changes nothing here. numpy, which computes in
-    # the interpreter, warns where a GPU yields Inf or NaN in silence.
-    index = device.index if device.type == "cuda" else -1
-    with torch.cuda.device(index), np.errstate(all="ignore"):
+    with _place(device):
         kernel[(programs,)](
             *arguments, **config.constants, num_warps=config.num_warps, enable_fp_fusion=False
         )
+
+
+def _place(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context that a launch needs: mostly none, since contexts take time as well."""
+    if device.type != "cuda":
+        # numpy, which computes in the interpreter, warns where a GPU yields Inf or NaN in silence.
+        return np.errstate(all="ignore")
+    if device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device.index)

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hswq.kernels.fixed_point import importance_to_fixed
 from hswq.kernels.triton_backend._configs import (
     ELEMENTWISE,
     FINISH_HISTOGRAM,
@@ -207,7 +206,7 @@ def weighted_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple
 
     Args:
         w: float16, bfloat16 or float32 [O, I, K], contiguous, not empty.
-        importance: float32 [G, I], finite, >= 0 and not all zero; None weighs all alike.
+        importance: int64 [G, I], fixed point, contiguous; None weighs all alike.
         bins: 1 to 2**20.
     Returns:
         hist float64 [bins] and max|w| float32 [].
@@ -229,10 +228,9 @@ def weighted_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple
         launch_tiles(sum_weights_kernel, WEIGHTS_ALIKE, bits, 1, zeros, tables, top, *numbers)
     else:
         rows, channels, taps = w.shape
-        fixed = importance_to_fixed(importance, w.numel())
         numbers = channels, taps, rows // len(importance), bins, copies
         configs = WEIGHTS_WITH_IMPORTANCE
-        launch_tiles(sum_weights_kernel, configs, bits, rows, fixed, tables, top, *numbers)
+        launch_tiles(sum_weights_kernel, configs, bits, rows, importance, tables, top, *numbers)
     hist = torch.empty(bins, dtype=torch.float64, device=w.device)
     max_abs = torch.empty((), dtype=torch.float32, device=w.device)
     config = FINISH_HISTOGRAM[kind]
