@@ -85,12 +85,12 @@ def tailless_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple
 
 
 def float_histogram(w: Tensor, importance: Tensor | None, bins: int) -> tuple[Tensor, Tensor]:
-    """Take importances as float32 numbers, whose 24 bits are fewer than the fixed point has."""
+    """Sum importances in float32."""
     _, max_abs = reference.weighted_histogram(w, importance, bins)
     weights = torch.ones(1, w.shape[1]) if importance is None else importance.float()
     weights = weights.repeat_interleave(w.shape[0] // len(weights), 0)[:, :, None].expand(w.shape)
     index = reference._bin_index(w.float().abs(), max_abs, bins).reshape(-1)
-    hist = torch.bincount(index, weights.reshape(-1).double(), minlength=bins)
+    hist = torch.zeros(bins).index_add_(0, index, weights.reshape(-1)).double()
     return hist / hist.sum(), max_abs
 
 
