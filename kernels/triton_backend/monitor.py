@@ -9,8 +9,11 @@ that equal inputs give equal bits on every GPU.
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -283,6 +286,8 @@ def merge_axes(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, 
     Returns:
         Size and stride of each axis, the outermost first; none for a single element.
     """
+    if 0 in sizes:
+        return [(0, 1)]
     merged: list[tuple[int, int]] = []
     axes = [axis for axis in zip(sizes, strides, strict=True) if axis[0] != 1]
     for size, stride in sorted(axes, key=lambda axis: -axis[1]):
@@ -292,58 +297,91 @@ def merge_axes(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, 
     return merged
 
 
-def channel_axes(x: Tensor, dim: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Return x, or a copy, and its layout: outer, channels, inner and their three strides.
+class Cut(NamedTuple):
+    """How the sums of some shapes are cut into programs.
 
-    Both channels-last and contiguous images need no copy, and neither do tokens.
+    Attributes:
+        config: of the launch.
+        numbers: the kernel's arguments from `outer` to `y_parts`.
+        programs: size of the grid.
+        workspace: float64 numbers for count, sums and partial sums.
     """
-    sizes, strides = list(x.shape), list(x.stride())
+
+    config: Config
+    numbers: tuple[int, ...]
+    programs: int
+    workspace: int
+
+
+# For channels side by side in memory, and for others.
+_CONFIGS = {
+    "monitor": (MONITOR_TOKENS, MONITOR_IMAGES),
+    "known": (MONITOR_KNOWN, MONITOR_KNOWN),
+    "moments": (MOMENTS, MOMENTS),
+    "channels": (CHANNELS_TOKENS, CHANNELS_IMAGES),
+}
+
+
+# A model has some dozens of shapes and a hook is called thousands of times.
+@functools.lru_cache(maxsize=1 << 12)
+def cut(
+    wanted: str,
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    dim: int,
+    y_shape: tuple[int, ...],
+    y_strides: tuple[int, ...],
+) -> Cut | None:
+    """Cut the sums over x and y into programs; None where the kernel cannot walk through them.
+
+    It can where y fills one piece of memory, in any order, and x has two axes besides its channels
+    once those that follow one another are merged: contiguous and channels-last images, and tokens.
+    """
+    if merge_axes(y_shape, y_strides) not in ([], [(math.prod(y_shape), 1)]):
+        return None
+    sizes, strides = list(x_shape), list(x_strides)
     channels, stride_c = sizes.pop(dim), strides.pop(dim)
     axes = merge_axes(sizes, strides)
     if len(axes) > 2:
-        return channel_axes(x.contiguous(), dim)
+        return None
     (outer, stride_o), (inner, stride_i) = [(1, 0)] * (2 - len(axes)) + axes
-    return x, (outer, channels, inner, stride_o, stride_c, stride_i)
+    config = _CONFIGS[wanted][stride_c != 1]
+    wants, y_size = config.constants, math.prod(y_shape)
+    blocks = triton.cdiv(channels, wants["BLOCK_C"]) if wants["SUM_X"] else 0
+    x_parts = monitor_parts(outer * triton.cdiv(inner, wants["BLOCK_N"]), blocks)
+    y_parts = monitor_parts(triton.cdiv(y_size, wants["BLOCK_Y"]), 1) if wants["SUM_Y"] else 0
+    numbers = outer, channels, inner, stride_o, stride_c, stride_i, x_parts, y_size, y_parts
+    workspace = 3 + (x_parts * channels if blocks else 0) + 2 * y_parts
+    return Cut(config, numbers, blocks * x_parts + y_parts, workspace)
 
 
-def flat(y: Tensor) -> Tensor:
-    """Return y, or a copy, whose elements fill one piece of memory in some order."""
-    return y if merge_axes(y.shape, y.stride()) in ([], [(y.numel(), 1)]) else y.contiguous()
-
-
-def run(
-    config: Config,
+def add_up(
+    wanted: str,
     x: Tensor,
-    layout: tuple[int, ...],
+    dim: int,
     y: Tensor,
     means: Tensor,
     arrivals: Tensor,
-    sums: Sequence[Tensor],
+    sums: Iterable[Tensor],
 ) -> Tensor:
     """Launch the kernel.
 
     Args:
-        config: which of the sums are wanted; of the other tensors any may be given.
-        x: as `channel_axes` returns it, with its layout.
-        y: as `flat` returns it.
-        means: float64 [C], written; read where the sums of x are not wanted.
+        wanted: a key of _CONFIGS; of tensors that it does not need any will do.
+        x: channels on axis `dim`.
+        y: any shape.
+        means: float64 [C], written; read where the mean |x| is known.
         arrivals: int32 [2 + C], zeros before and after.
         sums: the five tensors of the accumulators.
     Returns:
-        float64 [3 + partial sums]: count, sum and sum of squares of y first.
+        float64: count, sum and sum of squares of y, then partial sums.
     """
-    outer, channels, inner = layout[:3]
-    wants = config.constants
-    blocks = triton.cdiv(channels, wants["BLOCK_C"]) if wants["SUM_X"] else 0
-    chunks = outer * triton.cdiv(inner, wants["BLOCK_N"])
-    x_parts = monitor_parts(chunks, blocks)
-    y_parts = monitor_parts(triton.cdiv(y.numel(), wants["BLOCK_Y"]), 1) if wants["SUM_Y"] else 0
-    size = 3 + blocks * wants["BLOCK_C"] * x_parts + 2 * y_parts
-    moments = torch.empty(size, dtype=torch.float64, device=means.device)
-    programs = blocks * x_parts + y_parts
+    found = cut(wanted, x.shape, x.stride(), dim, y.shape, y.stride())
+    if found is None:
+        return add_up(wanted, x.contiguous(), dim, y.contiguous(), means, arrivals, sums)
+    moments = torch.empty(found.workspace, dtype=torch.float64, device=means.device)
     pointers = x, y, moments, arrivals, means, *sums
-    counts = *layout, x_parts, y.numel(), y_parts
-    launch(monitor_kernel, programs, means.device, config, *pointers, *counts)
+    launch(monitor_kernel, found.programs, means.device, found.config, *pointers, *found.numbers)
     return moments
 
 
@@ -377,17 +415,14 @@ def monitor(
     if arrivals is None:
         arrivals = no_arrivals(accumulators.abs_mean.numel(), y.device)
         _arrivals[accumulators] = arrivals
-    sums = tuple(vars(accumulators).values())
-    y = flat(y)
+    sums = vars(accumulators).values()
     if abs_mean is not None:
-        channels = abs_mean.numel()
+        # Read in place of x.
         known = abs_mean.contiguous()
-        run(MONITOR_KNOWN, y, (1, channels, 1, 0, 1, 1), y, known, arrivals, sums)
+        add_up("known", known, -1, y, known, arrivals, sums)
         return abs_mean
-    x, layout = channel_axes(x, dim)
-    abs_mean = torch.empty(layout[1], dtype=torch.float64, device=x.device)
-    config = MONITOR_TOKENS if layout[4] == 1 else MONITOR_IMAGES
-    run(config, x, layout, y, abs_mean, arrivals, sums)
+    abs_mean = torch.empty(x.shape[dim], dtype=torch.float64, device=x.device)
+    add_up("monitor", x, dim, y, abs_mean, arrivals, sums)
     return abs_mean
 
 
@@ -401,11 +436,10 @@ def moments(y: Tensor) -> Tensor:
     Equals: hswq.kernels.reference.moments, within the bounds of float64 sums.
     Moves: reads y once.
     """
-    y = flat(y)
     arrivals = no_arrivals(0, y.device)
-    # Only the dtype and the device of the means matter here.
-    unused = torch.empty(1, dtype=torch.float64, device=y.device)
-    return run(MOMENTS, y, (1, 1, 1, 0, 1, 1), y, unused, arrivals, [arrivals] * 5)[:3]
+    # Only its device matters here.
+    means = torch.empty(1, dtype=torch.float64, device=y.device)
+    return add_up("moments", means, -1, y, means, arrivals, [arrivals] * 5)[:3]
 
 
 def channel_abs_mean(x: Tensor, dim: int) -> Tensor:
@@ -419,12 +453,10 @@ def channel_abs_mean(x: Tensor, dim: int) -> Tensor:
     Equals: hswq.kernels.reference.channel_abs_mean, within the bounds of float64 sums.
     Moves: reads x once.
     """
-    x, layout = channel_axes(x, dim)
-    means = torch.empty(layout[1], dtype=torch.float64, device=x.device)
-    if layout[1]:
-        arrivals = no_arrivals(layout[1], x.device)
-        config = CHANNELS_TOKENS if layout[4] == 1 else CHANNELS_IMAGES
-        run(config, x, layout, x, means, arrivals, [arrivals] * 5)
+    means = torch.empty(x.shape[dim], dtype=torch.float64, device=x.device)
+    if len(means):
+        arrivals = no_arrivals(len(means), x.device)
+        add_up("channels", x, dim, means, means, arrivals, [arrivals] * 5)
     return means
 
 
@@ -439,6 +471,10 @@ _IMAGES = {"inner": "i32:16", "stride_o": "i32:16", "stride_c": "i32:16", "strid
 # A prompt's 77 tokens, and one vector an image.
 _ODD_TOKENS = _TOKENS | {"inner": "i32"}
 _VECTORS = _TOKENS | {"inner": "i32:1", "stride_o": "i32"}
+# In place of x where its sums are known or not wanted: means, or one number.
+_MEANS = _TOKENS | {"inner": "i32:1", "x_ptr": "*fp64:16"}
+_NOTHING = _MEANS | {"channels": "i32:1"}
+_NO_OUTPUT = {"y_ptr": "*fp64:16"}
 
 
 def _signatures(
@@ -455,14 +491,16 @@ def _signatures(
     )
 
 
+_ONE_TYPE = ("fp16",)
 KERNELS = (
     Kernel(
         monitor_kernel,
-        (*_signatures(_TOKENS), *_signatures(_ODD_TOKENS, _VECTORS, kinds=["fp16"])),
+        (*_signatures(_TOKENS), *_signatures(_ODD_TOKENS, _VECTORS, kinds=_ONE_TYPE)),
         (MONITOR_TOKENS,),
     ),
     Kernel(monitor_kernel, _signatures(_IMAGES), (MONITOR_IMAGES,)),
-    Kernel(monitor_kernel, _signatures(_TOKENS), (MONITOR_KNOWN,)),
-    Kernel(monitor_kernel, _signatures(_TOKENS, kinds=["fp16"]), (MOMENTS, CHANNELS_TOKENS)),
-    Kernel(monitor_kernel, _signatures(_IMAGES, kinds=["fp16"]), (CHANNELS_IMAGES,)),
+    Kernel(monitor_kernel, _signatures(_MEANS), (MONITOR_KNOWN,)),
+    Kernel(monitor_kernel, _signatures(_NOTHING, kinds=_ONE_TYPE), (MOMENTS,)),
+    Kernel(monitor_kernel, _signatures(_TOKENS | _NO_OUTPUT, kinds=_ONE_TYPE), (CHANNELS_TOKENS,)),
+    Kernel(monitor_kernel, _signatures(_IMAGES | _NO_OUTPUT, kinds=_ONE_TYPE), (CHANNELS_IMAGES,)),
 )
