@@ -188,7 +188,7 @@ def weighted_histogram(
     weights = w.detach().reshape(*shape[:2], -1).contiguous()
     fixed = None
     if importance is not None:
-        # Where the importance is, which spares an accelerator a dozen launches. Pageable memory is
+        # Where the importance is, which spares an accelerator some launches. Pageable memory is
         # read before `to` returns, and nothing waits for the device.
         fixed = importance_to_fixed(importance, w.numel()).to(w.device, non_blocking=True)
     hist, max_abs = _run(op, backend, w.device, weights, fixed, bins)

@@ -17,6 +17,7 @@ the number of weights, so that no sum reaches 2**62.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -116,17 +117,14 @@ def importance_to_fixed(importance: Tensor, numel: int) -> Tensor:
     """Round importances to integers whose weighted sums stay below 2**62.
 
     With bits = 62 - bit_length(numel) and E the smallest integer with max(importance) < 2**E,
-    the step is 2**(E - bits) and the result rint(importance / step) <= 2**bits. Runs on the
-    device of the importance without waiting for it.
+    the step is 2**(E - bits) and the result rint(importance / step) <= 2**bits.
 
     Args:
         importance: float32, finite, >= 0, not all zero.
         numel: number of weights in the tensor, each of which adds one importance.
     Returns:
-        int64, shape of importance.
+        int64, shape and device of importance.
     """
+    _, exponent = math.frexp(float(importance.max()))
     bits = 62 - numel.bit_length()
-    exponent = torch.frexp(importance.max().double()).exponent
-    # The power of two is put together from its bits: a library's pow need not be exact.
-    reciprocal_step = ((bits - exponent.long() + 1023) << 52).view(torch.float64)
-    return torch.round(importance.double() * reciprocal_step).to(torch.int64)
+    return torch.round(importance.double() * math.ldexp(1.0, bits - exponent)).to(torch.int64)

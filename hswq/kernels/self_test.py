@@ -88,7 +88,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _normal(*shape: int, sigma: float = 0.02) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(shape, generator=generator, device="cpu") * sigma
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * sigma
 
 
 def _whole(*shape: int) -> Tensor:
@@ -144,8 +144,9 @@ def _histograms() -> tuple[Tensor, Tensor]:
 
 def _clip_mse() -> Iterator[Arguments]:
     hists, max_abs = _histograms()
+    steps = torch.linspace(0.5, 1.2, 40, dtype=torch.float32, device="cpu")
     for scaled in (False, True):
-        yield hists[0], max_abs[0], max_abs[0] * torch.linspace(0.5, 1.2, 40), scaled
+        yield hists[0], max_abs[0], max_abs[0] * steps, scaled
 
 
 def _search_amax() -> Iterator[Arguments]:

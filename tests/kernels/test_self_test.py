@@ -48,6 +48,17 @@ def test_right_implementations_pass(op: str, extension: None) -> None:
         assert self_test.find_failure(op, ops[op], CPU) is None
 
 
+def test_callers_defaults_change_no_case() -> None:
+    """A user's default dtype or device would make other inputs, and refuse a good GPU."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            for op in self_test.OPS_WITH_CASES:
+                assert self_test.find_failure(op, reference.OPS[op], CPU) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def wrong(op: str, value: Any) -> Any:
     """Change one number of a result by the smallest amount that matters."""
     if isinstance(value, tuple):
