@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
+# Older ones lack options of triton.jit that keep a result from following alignment.
+OLDEST_TRITON = (3, 2)
+
 try:
     import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        needed = ".".join(map(str, OLDEST_TRITON))
+        raise ImportError(f"it is {triton.__version__}, and {needed} is the oldest that will do")
 except ImportError as error:
     _import_error: ImportError | None = error
     OPS: Mapping[str, Callable[..., Any]] = {}
@@ -58,7 +65,7 @@ def unusable_reason() -> str | None:
         The reason as the end of a sentence, without a full stop.
     """
     if _import_error is not None:
-        return f"module 'triton' cannot be imported: {_import_error}"
+        return f"module 'triton' cannot be used: {_import_error}"
     if not _on_gpu():
         # triton.jit read TRITON_INTERPRET when this package was imported and made an
         # interpreted function, which runs wherever torch runs.

@@ -99,7 +99,14 @@ REASON += "sys.stdout.write(f'{len(b.OPS)} {b.unusable_reason()}')"
 def test_reason_is_given_when_triton_is_not_installed() -> None:
     """The package would fail to import where triton does not exist, on Windows for example."""
     output = run_python(["-c", f"import sys; sys.modules['triton'] = None; {REASON}"])
-    assert output.startswith("0 module 'triton' cannot be imported: ")
+    assert output.startswith("0 module 'triton' cannot be used: ")
+
+
+def test_reason_is_given_when_triton_is_too_old() -> None:
+    """An old release, which another package holds, would break the dispatcher for the CPU too."""
+    old = "import sys, types; sys.modules['triton'] = old = types.ModuleType('triton'); "
+    output = run_python(["-c", f"{old} old.__version__ = '3.1.0'; {REASON}"])
+    assert output.startswith("0 module 'triton' cannot be used: it is 3.1.0, and 3.2 is the oldest")
 
 
 @pytest.mark.parametrize(("interpret", "usable"), [("0", torch.cuda.is_available()), ("1", True)])
