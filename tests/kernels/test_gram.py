@@ -199,10 +199,11 @@ def test_both_triangles_are_equal(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 2.0**41])
-def test_bad_calls_add_nothing(value: float, backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_bad_calls_add_nothing(dtype: torch.dtype, value: float, backend: Backend) -> None:
     """One overflow in a calibration run must not cost the whole layer's matrix."""
     accumulator = torch.ones(1, 8, 8, device=backend.device)
-    x = cases.normal(5, 8).to(backend.device)
+    x = cases.normal(5, 8, dtype=dtype).to(backend.device)
     x[3, 2] = value
     assert int(kernels.gram(x, accumulator, backend=backend.name)) == 0
     assert torch.equal(accumulator, torch.ones_like(accumulator))

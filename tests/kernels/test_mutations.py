@@ -405,7 +405,11 @@ MUTANTS: list[tuple[str, Kernel, Check]] = [
             accumulator_dtype=torch.float32,
         ),
     ),
-    ("gram", gram_with_bad_values, checks(test_gram.test_bad_calls_add_nothing, value=math.nan)),
+    (
+        "gram",
+        gram_with_bad_values,
+        checks(test_gram.test_bad_calls_add_nothing, dtype=FLOAT32, value=math.nan),
+    ),
     (
         "round_compensated",
         uncompensated,
