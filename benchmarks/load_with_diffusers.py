@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from hswq.formats.containers import quantized_weights
+from hswq.formats.quantized import quantized_weights
 from hswq.formats.reader import Checkpoint
 from hswq.models.folders import SHIPPED
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from hswq.driver import Report as Report
     from hswq.driver import calibrate_checkpoint as calibrate_checkpoint
     from hswq.driver import quantize_checkpoint as quantize_checkpoint
+    from hswq.loader import Conv2d as Conv2d
+    from hswq.loader import Linear as Linear
+    from hswq.loader import load_quantized as load_quantized
+    from hswq.loader import load_transformer as load_transformer
+    from hswq.loader import load_unet as load_unet
+    from hswq.loader import quantize_module as quantize_module
+    from hswq.loader import register_diffusers as register_diffusers
+    from hswq.loader import save_quantized as save_quantized
     from hswq.plan import Plan as Plan
     from hswq.plan import make_plan as make_plan
     from hswq.search import AmaxResult as AmaxResult
@@ -28,13 +36,21 @@ _HOME = {
     "AmaxResult": "hswq.search",
     "Calibration": "hswq.calibration",
     "CalibrationConfig": "hswq.config",
+    "Conv2d": "hswq.loader",
+    "Linear": "hswq.loader",
     "Plan": "hswq.plan",
     "QuantizeConfig": "hswq.config",
     "Report": "hswq.driver",
     "calibrate_checkpoint": "hswq.driver",
+    "load_quantized": "hswq.loader",
+    "load_transformer": "hswq.loader",
+    "load_unet": "hswq.loader",
     "make_plan": "hswq.plan",
     "observe": "hswq.calibration",
     "quantize_checkpoint": "hswq.driver",
+    "quantize_module": "hswq.loader",
+    "register_diffusers": "hswq.loader",
+    "save_quantized": "hswq.loader",
     "search_amax": "hswq.search",
 }
 _SUBMODULES = frozenset({"compat", "config", "errors", "formats", "kernels"})

@@ -22,6 +22,7 @@ LAYER = {
     "calibration": 3,
     "search": 4,
     "plan": 5,
+    "loader": 5,
     "quality": 5,
     "driver": 6,
     "compat": 6,

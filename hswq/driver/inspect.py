@@ -10,7 +10,7 @@ from typing import Any
 
 from hswq.calibration import Calibration, is_statistics
 from hswq.errors import FormatError, InputError
-from hswq.formats.containers import detect_container, quantized_weights
+from hswq.formats.quantized import detect_container, quantized_weights
 from hswq.formats.reader import Checkpoint, is_index
 from hswq.models.detect import detect
 from hswq.plan import Plan

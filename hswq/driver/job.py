@@ -16,7 +16,12 @@ from hswq.calibration import Calibration
 from hswq.config import QuantizeConfig
 from hswq.driver.source import Source
 from hswq.errors import InputError
-from hswq.formats.containers import QuantizedLayer, container_metadata, extra_specs
+from hswq.formats.containers import (
+    FORMAT_VERSION,
+    QuantizedLayer,
+    container_metadata,
+    extra_specs,
+)
 from hswq.formats.e4m3 import E4M3_MAX
 from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import CheckpointWriter, TensorSpec
@@ -24,7 +29,6 @@ from hswq.models.map import ModelMap, Unit
 from hswq.plan import Candidate, LayerPlan, Plan, plan_options, select_layers
 from hswq.search import AmaxResult, search_amax
 
-FORMAT_VERSION = "1"
 QUANTIZABLE_DTYPES = ("F16", "BF16", "F32")
 # The longest repr of a float64: metadata are reserved for it before the search knows the figures.
 _LONGEST_FLOAT = 2.2250738585072014e-308

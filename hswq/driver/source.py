@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hswq.calibration import Calibration
 from hswq.errors import InputError
-from hswq.formats.containers import is_quantized
+from hswq.formats.quantized import is_quantized
 from hswq.formats.reader import Checkpoint
 from hswq.models.detect import Detection, denoiser_prefix, detect
 from hswq.models.fingerprint import fingerprint

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hswq.errors import InputError
-from hswq.formats.containers import is_quantized
+from hswq.formats.quantized import is_quantized
 from hswq.formats.reader import Checkpoint
 from hswq.models.denoiser import load_denoiser
 from hswq.models.detect import Detection

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hswq.errors import InputError
+from hswq.formats.quantized import container_keys
 from hswq.formats.reader import Checkpoint
 from hswq.models.denoiser import meta_denoiser
 from hswq.models.detect import LDM_PREFIXES, V_PREDICTION_KEY, ZERO_SNR_KEY, Detection
@@ -41,7 +42,10 @@ class _Trace:
 
 
 def trace_map(
-    checkpoint: Checkpoint, detection: Detection, pipeline_dir: Path | None = None
+    checkpoint: Checkpoint,
+    detection: Detection,
+    pipeline_dir: Path | None = None,
+    config: dict[str, Any] | None = None,
 ) -> ModelMap:
     """Trace which rows of which checkpoint tensor feed which parameter of the denoiser.
 
@@ -53,16 +57,21 @@ def trace_map(
         detection: what `detect` said of it.
         pipeline_dir: diffusers folder whose unet/config.json describes the denoiser; None: the
             configuration beside a diffusers component, else SDXL base's.
+        config: the denoiser's configuration itself, which goes before all others.
     Returns:
         The map, checked.
     Raises:
         InputError: the configuration is missing or wrong, or the checkpoint does not fit it.
     """
-    config, where = denoiser_config(checkpoint, pipeline_dir)
+    if config is None:
+        config, where = denoiser_config(checkpoint, pipeline_dir)
+    else:
+        where = "of the module"
+    extra = container_keys(checkpoint)
     keys: list[tuple[str, Shape]] = []
     unmatched: list[str] = []
     for name, info in checkpoint.tensors.items():
-        if not name.startswith(detection.prefix):
+        if not name.startswith(detection.prefix) or name in extra:
             continue
         if info.numel == 0 or name in (V_PREDICTION_KEY, ZERO_SNR_KEY):
             unmatched.append(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hswq.formats.containers import dequantize, quantized_weights
+from hswq.formats.quantized import dequantize, quantized_weights
 from hswq.formats.reader import Checkpoint
 
 

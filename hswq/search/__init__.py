@@ -1,5 +1,5 @@
 """Search of the clipping threshold."""
 
-from hswq.search.amax import AmaxResult, Layer, search_amax, search_layers
+from hswq.search.amax import AmaxResult, Layer, scale_of, search_amax, search_layers
 
-__all__ = ["AmaxResult", "Layer", "search_amax", "search_layers"]
+__all__ = ["AmaxResult", "Layer", "scale_of", "search_amax", "search_layers"]

@@ -35,6 +35,16 @@ class Layer(NamedTuple):
     scaled: bool
 
 
+def scale_of(amax: float) -> float:
+    """Return float32(amax / 448), the scale of V2, at least 2^-126; 1 for an all-zero weight.
+
+    A smaller scale would be subnormal: rounded coarsely here, and 0 to readers that flush.
+    """
+    if amax == 0.0:
+        return 1.0
+    return float(torch.tensor(max(amax / E4M3_MAX, 2.0**-126), dtype=torch.float32, device="cpu"))
+
+
 @dataclass(frozen=True)
 class AmaxResult:
     """What the search found for one weight.
@@ -54,15 +64,8 @@ class AmaxResult:
 
     @property
     def scale(self) -> float:
-        """float32(amax / 448), the scale of V2, at least 2^-126; 1 for an all-zero weight.
-
-        A smaller scale would be subnormal: rounded coarsely here, and 0 to readers that flush.
-        """
-        if self.amax == 0.0:
-            return 1.0
-        return float(
-            torch.tensor(max(self.amax / E4M3_MAX, 2.0**-126), dtype=torch.float32, device="cpu")
-        )
+        """The scale of V2 at amax, see `scale_of`."""
+        return scale_of(self.amax)
 
     @property
     def relative_mse(self) -> float:

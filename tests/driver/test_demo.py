@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from hswq.driver.demo import DemoResult, demo_folder, run_demo
-from hswq.formats.containers import dequantize
 from hswq.formats.e4m3 import e4m3_values
+from hswq.formats.quantized import dequantize
 from hswq.formats.reader import Checkpoint
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hswq
-from hswq.formats.containers import dequantize, quantized_weights
 from hswq.formats.e4m3 import e4m3_values
+from hswq.formats.quantized import dequantize, quantized_weights
 from hswq.formats.reader import Checkpoint
 from tests.tiny import Tiny, tiny_calibration_config
 

@@ -12,21 +12,23 @@ from hswq.errors import FormatError, InputError
 from hswq.formats.containers import (
     CONTAINERS,
     QuantizedLayer,
-    QuantizedWeight,
     can_quantize,
     can_scale,
     check_container,
     container_metadata,
-    dequantize,
-    detect_container,
     extra_specs,
     extra_tensors,
-    is_quantized,
     marker_tensors,
-    quantized_weights,
 )
 from hswq.formats.dtypes import DTYPE_NAMES
 from hswq.formats.e4m3 import decode
+from hswq.formats.quantized import (
+    QuantizedWeight,
+    dequantize,
+    detect_container,
+    is_quantized,
+    quantized_weights,
+)
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 
