@@ -59,6 +59,11 @@ def load_quantized(
         FormatError: a file is damaged, or its FP8 weights are of a kind that cannot be read.
     """
     check_compute(compute)
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        raise InputError(
+            "the module is itself a layer, which cannot be replaced in place: load the module that "
+            "holds it."
+        )
     with Checkpoint.open(path) as checkpoint:
         filler = _Filler(module, checkpoint, _find_sources(module, checkpoint), compute, device)
         filler.check()
@@ -178,13 +183,8 @@ class _Filler:
 
         Raises:
             FormatError: the file's FP8 weights are of another kind, or only parts of a layer's.
-            InputError: the module is a layer itself, or has FP8 layers where the file has none.
+            InputError: the module has FP8 layers where the file has none.
         """
-        if isinstance(self._module, (nn.Linear, nn.Conv2d)):
-            raise InputError(
-                "the module is itself a layer, which cannot be replaced in place: load the module "
-                "that holds it."
-            )
         where = self._checkpoint.path
         infos = (
             self._checkpoint.tensors[part.key] for parts in self._sources.values() for part in parts

@@ -119,6 +119,16 @@ class _Fp8Weight(nn.Module):
         self._dtype_of_weight = fn(self._dtype_of_weight)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle knows no FP8 storage; bytes it does.
+        state = self.__dict__.copy()
+        state["_buffers"] = {**self._buffers, "weight": self._codes()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._buffers["weight"] = self.weight.view(_CODES)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any
     ) -> None:
