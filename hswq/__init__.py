@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hswq.config import QuantizeConfig as QuantizeConfig
     from hswq.driver import Report as Report
     from hswq.driver import calibrate_checkpoint as calibrate_checkpoint
+    from hswq.driver import convert_checkpoint as convert_checkpoint
+    from hswq.driver import dequantize_checkpoint as dequantize_checkpoint
     from hswq.driver import quantize_checkpoint as quantize_checkpoint
     from hswq.loader import Conv2d as Conv2d
     from hswq.loader import Linear as Linear
@@ -42,6 +44,8 @@ _HOME = {
     "QuantizeConfig": "hswq.config",
     "Report": "hswq.driver",
     "calibrate_checkpoint": "hswq.driver",
+    "convert_checkpoint": "hswq.driver",
+    "dequantize_checkpoint": "hswq.driver",
     "load_quantized": "hswq.loader",
     "load_transformer": "hswq.loader",
     "load_unet": "hswq.loader",

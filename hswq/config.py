@@ -15,6 +15,8 @@ from typing import Any
 
 from hswq.errors import OptionError
 
+CONTAINERS = ("comfy", "plain", "legacy", "hswq")
+FLOATS = ("fp16", "bf16", "fp32")
 SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
 DEFAULT_KEEP_RATIO = 0.10
 # Group of the options that only the sampler reads: given statistics exclude them.
@@ -160,7 +162,7 @@ class QuantizeConfig(CalibrationConfig):
     container: str = option(
         "comfy",
         "file layout; see the README's table of containers",
-        choices=("comfy", "plain", "legacy", "hswq"),
+        choices=CONTAINERS,
         group="quantization",
     )
     conv: str = option(

@@ -1,13 +1,17 @@
 """The whole job: files, devices, statistics and plans joined."""
 
 from hswq.driver.calibrate import calibrate_checkpoint
+from hswq.driver.convert import ConvertReport, convert_checkpoint, dequantize_checkpoint
 from hswq.driver.inspect import inspect_path
 from hswq.driver.quantize import plan_checkpoint, quantize_checkpoint
 from hswq.driver.report import Report
 
 __all__ = [
+    "ConvertReport",
     "Report",
     "calibrate_checkpoint",
+    "convert_checkpoint",
+    "dequantize_checkpoint",
     "inspect_path",
     "plan_checkpoint",
     "quantize_checkpoint",

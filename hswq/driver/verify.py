@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from hswq.driver.job import Job
 from hswq.errors import FormatError
 from hswq.formats.reader import Checkpoint
+from hswq.formats.writer import TensorSpec
 from hswq.plan import Plan
 from hswq.search import AmaxResult
 
@@ -29,13 +31,7 @@ def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResul
     """
     checkpoint = job.source.checkpoint
     with Checkpoint.open(path) as written:
-        expected = {spec.name: (spec.dtype, tuple(spec.shape)) for spec in job.specs}
-        found = {info.name: (info.dtype, tuple(info.shape)) for info in written.tensors.values()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise _damaged(f"{name!r} is {found.get(name)}, planned {expected.get(name)}")
-        if written.metadata != job.metadata(plan):
-            raise _damaged("its metadata differ from the plan")
+        check_header(written, job.specs, job.metadata(plan))
         copied = [name for name in checkpoint.tensors if name not in results]
         for key in _chosen(list(results), job.config.verify):
             codes = job.encode(key, checkpoint.read(key), results[key])
@@ -45,6 +41,23 @@ def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResul
             length = checkpoint.tensors[key].nbytes
             if written.read_bytes(key, 0, length) != checkpoint.read_bytes(key, 0, length):
                 raise _damaged(f"the bytes of {key!r} differ from the source's")
+
+
+def check_header(
+    written: Checkpoint, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+) -> None:
+    """Compare the header of a file that was just written with what was planned.
+
+    Raises:
+        FormatError: a tensor or the metadata differ.
+    """
+    expected = {spec.name: (spec.dtype, tuple(spec.shape)) for spec in specs}
+    found = {info.name: (info.dtype, tuple(info.shape)) for info in written.tensors.values()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise _damaged(f"{name!r} is {found.get(name)}, planned {expected.get(name)}")
+    if written.metadata != metadata:
+        raise _damaged("its metadata differ from the plan")
 
 
 def _chosen(names: list[str], verify: str) -> list[str]:

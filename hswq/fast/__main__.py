@@ -129,6 +129,36 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _show(arguments, facts, render_facts(facts))
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from hswq.driver import convert_checkpoint
+    from hswq.fast.render import render_conversion
+
+    report = _with_bars(
+        arguments,
+        lambda progress: convert_checkpoint(
+            arguments.input,
+            arguments.output,
+            arguments.container,
+            requantize=arguments.requantize,
+            progress=progress,
+        ),
+    )
+    _show(arguments, report.to_dict(), render_conversion(report))
+
+
+def _dequantize(arguments: argparse.Namespace) -> None:
+    from hswq.driver import dequantize_checkpoint
+    from hswq.fast.render import render_conversion
+
+    report = _with_bars(
+        arguments,
+        lambda progress: dequantize_checkpoint(
+            arguments.input, arguments.output, arguments.dtype, progress=progress
+        ),
+    )
+    _show(arguments, report.to_dict(), render_conversion(report))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from hswq.driver.demo import run_demo
     from hswq.fast.render import render_demo
@@ -150,6 +180,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "calibrate": _calibrate,
     "plan": _plan,
     "inspect": _inspect,
+    "convert": _convert,
+    "dequantize": _dequantize,
     "demo": _demo,
     "backends": _backends,
 }

@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 import hswq
-from hswq.config import CalibrationConfig, QuantizeConfig
+from hswq.config import CONTAINERS, FLOATS, CalibrationConfig, QuantizeConfig
 
 EPILOG = (
     "exit codes: 0 done, 1 input or output refused, 2 usage, 3 backend, 4 internal error, "
@@ -41,6 +41,23 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", "describe a checkpoint, statistics file or plan")
     inspect.add_argument("path", help="file or folder")
+
+    convert = _command(commands, "convert", "write an FP8 file in another container")
+    _add_paths(convert, output="the .safetensors file to write")
+    convert.add_argument(
+        "--container", required=True, choices=CONTAINERS, help="file layout to write"
+    )
+    convert.add_argument(
+        "--requantize",
+        action="store_true",
+        help="encode anew what the container cannot hold; the error is printed",
+    )
+
+    dequantize = _command(commands, "dequantize", "write an FP8 file's weights in 16 or 32 bit")
+    _add_paths(dequantize, output="the .safetensors file to write")
+    dequantize.add_argument(
+        "--dtype", default="fp16", choices=FLOATS, help="dtype of the weights (default: fp16)"
+    )
 
     demo = _command(commands, "demo", "quantize the demo checkpoint that hswq ships")
     demo.add_argument("--output", default="demo", metavar="DIR", help="folder for the files")

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 # Phases whose counts are bytes; the others count steps or layers.
-_BYTE_PHASES = frozenset({"quantize"})
+_BYTE_PHASES = frozenset({"quantize", "convert"})
 
 
 class Bars:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hswq.fast.terminal import escape
 
 if TYPE_CHECKING:
-    from hswq.driver import Report
+    from hswq.driver import ConvertReport, Report
     from hswq.driver.demo import DemoResult
     from hswq.kernels import BackendStatus
     from hswq.plan import Plan
@@ -37,6 +37,20 @@ def render_report(report: Report) -> str:
         f"  error    weighted SQNR {_sqnr_range(plan)}",
         "  seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
         f"  memory   {gigabytes(report.peak_memory_bytes)} at most",
+    ]
+    return "\n".join(lines)
+
+
+def render_conversion(report: ConvertReport) -> str:
+    """Return the summary of `convert` and `dequantize`, with the error of what was encoded anew."""
+    lines = [
+        f"{report.output}: container {report.container}",
+        f"  size     {gigabytes(report.source_bytes)} -> {gigabytes(report.output_bytes)}",
+        f"  layers   {report.layers} FP8, {len(report.requantized)} of them encoded anew",
+    ]
+    lines += [
+        f"  {escape(name)}: SQNR {'infinite' if error is None else f'{error:.2f} dB'}"
+        for name, error in report.requantized.items()
     ]
     return "\n".join(lines)
 

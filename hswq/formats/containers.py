@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hswq.config import CONTAINERS
 from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPE_NAMES
 from hswq.formats.writer import TensorSpec
 
 # Of the metadata hswq.*, in files of every container.
 FORMAT_VERSION = "1"
-CONTAINERS = ("comfy", "plain", "legacy", "hswq")
 
 _WEIGHT = ".weight"
 # Kinds of layers whose FP8 weight the container holds, and those it can hold a scale for.

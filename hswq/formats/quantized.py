@@ -102,21 +102,16 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
     return {weight.base: weight for weight in found if weight is not None}
 
 
-def read_weight(
-    checkpoint: Checkpoint, base: str, start_row: int | None = None, stop_row: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Read the codes and the scale of a quantized weight, or of some of its rows.
+def read_scale(checkpoint: Checkpoint, base: str) -> Tensor:
+    """Read the scale of a quantized weight.
 
     Args:
         checkpoint: an open file of any container.
         base: key of `quantized_weights`.
-        start_row: first row; None is 0.
-        stop_row: row after the last; None is the weight's number of rows.
     Returns:
-        The codes, uint8, and the scale, float32 [] or one a row that was read; 1 where the file
-        has none. On the CPU.
+        float32 [] or one a row, on the CPU; 1 where the file has none.
     Raises:
-        InputError: the file has no such quantized weight, or not these rows.
+        InputError: the file has no such quantized weight.
         FormatError: its codes are not E4M3, or its scale is not one finite number > 0 or one a row.
     """
     info = checkpoint.tensors.get(base + _WEIGHT)
@@ -128,8 +123,35 @@ def read_weight(
             f"weight {info.name!r} in {info.path} is {info.dtype}: only F8_E4M3 can be dequantized "
             "here. Use the tool that wrote it."
         )
-    scale = _read_scale(checkpoint, weight, info)
-    codes = checkpoint.read(info.name, start_row, stop_row).view(torch.uint8)
+    if weight.scale_key is None:
+        return torch.ones((), device="cpu")
+    scale = checkpoint.read(weight.scale_key)
+    if not _is_scale(scale) or not (weight.per_row or scale.numel() == 1):
+        raise FormatError(
+            f"scale {weight.scale_key!r} {list(scale.shape)} in {info.path} does not fit weight "
+            f"{list(info.shape)}: one finite number above 0 is needed, or one a row. Use the tool "
+            "that wrote it."
+        )
+    return scale.float().reshape(-1 if weight.per_row else ())
+
+
+def read_weight(
+    checkpoint: Checkpoint, base: str, start_row: int | None = None, stop_row: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the codes and the scale of a quantized weight, or of some of its rows.
+
+    Args:
+        checkpoint: an open file of any container.
+        base: key of `quantized_weights`.
+        start_row: first row; None is 0.
+        stop_row: row after the last; None is the weight's number of rows.
+    Returns:
+        The codes, uint8, and the scale, float32 [] or one a row that was read. On the CPU.
+    Raises:
+        The errors of `read_scale`; InputError: not these rows.
+    """
+    scale = read_scale(checkpoint, base)
+    codes = checkpoint.read(base + _WEIGHT, start_row, stop_row).view(torch.uint8)
     return codes, scale[start_row:stop_row] if scale.dim() else scale
 
 
@@ -195,19 +217,6 @@ def model_metadata(checkpoint: Checkpoint) -> dict[str, str]:
         for key, text in checkpoint.metadata.items()
         if key != COMFY_METADATA and not key.startswith("hswq.")
     }
-
-
-def _read_scale(checkpoint: Checkpoint, weight: QuantizedWeight, info: TensorInfo) -> Tensor:
-    if weight.scale_key is None:
-        return torch.ones((), device="cpu")
-    scale = checkpoint.read(weight.scale_key)
-    if not _is_scale(scale) or not (weight.per_row or scale.numel() == 1):
-        raise FormatError(
-            f"scale {weight.scale_key!r} {list(scale.shape)} in {info.path} does not fit weight "
-            f"{list(info.shape)}: one finite number above 0 is needed, or one a row. Use the tool "
-            "that wrote it."
-        )
-    return scale.float().reshape(-1 if weight.per_row else ())
 
 
 def _is_scale(value: Tensor) -> bool:

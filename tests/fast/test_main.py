@@ -190,6 +190,33 @@ def test_summary_plan_and_inspect_tell_the_same(
         assert word in capsys.readouterr().out
 
 
+def test_conversion_prints_the_error_of_what_it_encodes_anew(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses are refused, or done on request and shown; the way back to 16 bit is one command."""
+    fp8, output = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
+    options = ["--scaled", "--container", "hswq", "--quiet"]
+    assert main([*quantize_arguments(tiny, fp8), *options]) == 0
+    command = ["convert", "--input", str(fp8), "--output", str(output), "--container", "comfy"]
+    assert main(command) == 1
+    assert "--requantize" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*command, "--requantize", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["container"] == "comfy"
+    assert report["output_bytes"] == output.stat().st_size
+    assert all(error > 15.0 for error in report["requantized"].values())
+    assert main([*command, "--requantize"]) == 0
+    lines = capsys.readouterr().out
+    assert f"{len(report['requantized'])} of them encoded anew" in lines
+    assert "input_blocks.2.0.in_layers.2: SQNR" in lines
+    plain = tmp_path / "plain.safetensors"
+    command = ["dequantize", "--input", str(output), "--output", str(plain), "--dtype", "bf16"]
+    assert main([*command, "--quiet"]) == 0
+    assert main(["inspect", str(plain), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["container"] == "none"
+
+
 def test_calibrate_never_overwrites_its_input(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
