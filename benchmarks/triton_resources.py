@@ -57,7 +57,15 @@ def variants(smoke: bool) -> Iterator[Variant]:
         for signature in kernel.signatures[first]:
             for config in kernel.configs[first]:
                 for target in SMOKE_TARGETS if smoke else TARGETS:
-                    yield Variant(kernel, signature, config, target)
+                    if runs_on(kernel, target):
+                        yield Variant(kernel, signature, config, target)
+
+
+def runs_on(kernel: Kernel, target: str) -> bool:
+    """Tell whether a kernel is meant for a target: some are for NVIDIA's newer GPUs only."""
+    found = TARGETS[target]
+    capability = found.arch if found.backend == "cuda" else 0
+    return kernel.least_capability <= capability
 
 
 def compile_variant(variant: Variant) -> CompiledKernel:

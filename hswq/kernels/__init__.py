@@ -501,7 +501,9 @@ def scaled_matmul(
     is decode(encode(x / s)) * s, with s = input_scale, or where None one s per row of x, its
     float32(max|x| / 448), 1 where that is 0. Products are summed in float32 or better, scale, bias
     and activation applied in float32, and the result is rounded once to x's dtype. Before that
-    rounding and the activation it is off by at most (I + 8) * u * (sum |x' W| * scale + |bias|).
+    rounding and the activation it is off by at most (I + 8) * u * (sum |x' W| * scale + |bias|);
+    with compute fp8 on GPUs that multiply FP8, whose units keep fewer bits of a sum, by 2^-12 of
+    that sum more.
 
     Args:
         x: floating point [..., I].

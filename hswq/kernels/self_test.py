@@ -8,14 +8,14 @@ the others within 2**-30, which sums of these sizes keep with ease.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hswq.kernels import reference
-from hswq.kernels.contract import CONTRACT, FLOATS
+from hswq.kernels.contract import COMPUTE, CONTRACT, FLOATS
 from hswq.kernels.fixed_point import MonitorAccumulators, importance_to_fixed
 
 _TOLERANCE = 2.0**-30
@@ -193,6 +193,41 @@ def _round_compensated() -> Iterator[Arguments]:
         yield w, upper, _normal(9).abs() + 1e-5, order
 
 
+def _codes(*shape: int) -> Tensor:
+    """Return codepoints of small integers, NaN nowhere."""
+    return reference.quantize_e4m3(_whole(*shape).clamp(-8, 8), _float(448.0), _float(1.0))
+
+
+def _layers(compute: Iterable[str]) -> Iterator[tuple[torch.dtype, str]]:
+    for name in compute:
+        yield COMPUTE.get(name, torch.float16), name
+
+
+def _scaled_matmul() -> Iterator[Arguments]:
+    every_code = torch.arange(256, device="cpu").to(torch.uint8)
+    every_code = every_code[every_code & 0x7F < 0x7F]
+    for dtype, compute in _layers((*COMPUTE, "fp8")):
+        # One row of x picks one codepoint, so that a wrong decoding shows, whatever it is of.
+        x = torch.eye(len(every_code), dtype=dtype, device="cpu")
+        yield x, every_code[None], _float(0.5), None, None, compute, None
+        for rows in (3, 40, 130):
+            x, bias = _whole(rows, 80).to(dtype), _whole(24).to(dtype)
+            scale = 2.0 ** _whole(24).clamp(-4, 4)
+            static = _float(1.0) if compute == "fp8" else None
+            yield x, _codes(24, 80), scale, bias, static, compute, None
+            yield x, _codes(24, 80), _float(0.125), None, static, compute, None
+
+
+def _scaled_conv2d() -> Iterator[Arguments]:
+    geometry = (2, 1), (1, 0), (1, 2)
+    for dtype, compute in _layers((*COMPUTE, "fp8")):
+        x, bias = _whole(2, 6, 7, 8).to(dtype), _whole(8).to(dtype)
+        static = _float(1.0) if compute == "fp8" else None
+        for groups in (1, 2):
+            codes = _codes(8, 6 // groups, 3, 2)
+            yield x, codes, _float(0.5), bias, *geometry, groups, static, compute, None
+
+
 _CASES: Mapping[str, Callable[[], Iterator[Arguments]]] = {
     case.__name__.removeprefix("_"): case
     for case in (
@@ -206,6 +241,8 @@ _CASES: Mapping[str, Callable[[], Iterator[Arguments]]] = {
         _dequantize_e4m3,
         _gram,
         _round_compensated,
+        _scaled_matmul,
+        _scaled_conv2d,
     )
 }
 OPS_WITH_CASES = tuple(_CASES)

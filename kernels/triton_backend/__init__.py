@@ -26,7 +26,15 @@ except ImportError as error:
     OPS: Mapping[str, Callable[..., Any]] = {}
     KERNELS: tuple[Any, ...] = ()
 else:
-    from hswq.kernels.triton_backend import gram, histogram, monitor, quantize, rounding, search
+    from hswq.kernels.triton_backend import (
+        gram,
+        histogram,
+        matmul,
+        monitor,
+        quantize,
+        rounding,
+        search,
+    )
     from hswq.kernels.triton_backend._guard import Guarded
 
     _import_error = None
@@ -45,13 +53,15 @@ else:
             quantize.dequantize_e4m3,
             gram.gram,
             rounding.round_compensated,
+            matmul.scaled_matmul,
+            matmul.scaled_conv2d,
         )
     }
     # Every kernel with the signatures and configurations it is launched with: what the
     # compilation test and benchmarks/triton_resources.py go through.
     KERNELS = tuple(
         kernel
-        for module in (monitor, histogram, search, quantize, gram, rounding)
+        for module in (monitor, histogram, search, quantize, gram, rounding, matmul)
         for kernel in module.KERNELS
     )
 

@@ -37,11 +37,13 @@ class Kernel:
             notation of Triton's ahead-of-time compiler: '*fp16:16' is a pointer to float16
             aligned to 16 bytes, 'i32:16' an int32 divisible by 16, 'i32:1' the constant 1.
         configs: every configuration the launcher may choose.
+        least_capability: for NVIDIA's GPUs from this compute capability on only; 0 for all GPUs.
     """
 
     function: Any
     signatures: tuple[Mapping[str, str], ...]
     configs: tuple[Config, ...]
+    least_capability: int = 0
 
 
 # 16 codes a thread: a 16-byte store, and one 16-byte load (codes in) or two (float16 in). Four
@@ -156,3 +158,32 @@ ROUND_COMPENSATED = Config("rows", {"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4)
 _GRAM = {"BLOCK_T": 64, "PANEL": 1024}
 GRAM_SIXTEEN_BIT = Config("tf32", _GRAM | {"TF32": 1, "BLOCK_P": 32}, num_warps=8)
 GRAM_EXACT = Config("ieee", _GRAM | {"TF32": 0, "BLOCK_P": 16}, num_warps=8)
+
+# FP8 layers: tiles of rows, outputs and inputs. Few rows: reading the weight is all the work, so
+# narrow tiles that make many programs, each with long runs of a weight's row. Many: the largest
+# tiles that 16-bit matrix units and 100 KB of shared memory with three stages allow. float32 has no
+# matrix units, and its operands take twice the registers.
+LAYER_TILES = {
+    name: Config(name, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps)
+    for name, m, n, k, warps in (
+        ("few", 16, 32, 256, 4),
+        ("some", 64, 64, 128, 4),
+        ("many", 128, 128, 64, 8),
+        ("many_fp32", 64, 32, 32, 4),
+        ("positions", 128, 64, 32, 8),
+        ("positions_fp32", 64, 32, 32, 4),
+    )
+}
+QUANTIZE_ROWS = Config("rows", {"BLOCK_C": 2048}, num_warps=4)
+
+
+def matmul_tile(rows: int, compute: str) -> str:
+    """Choose the tile of a matrix product."""
+    if compute == "fp32":
+        return "many_fp32"
+    return "few" if rows <= 16 else "some" if rows <= 64 else "many"
+
+
+def convolution_tile(compute: str) -> str:
+    """Choose the tile of a convolution: positions of images by outputs."""
+    return "positions_fp32" if compute == "fp32" else "positions"

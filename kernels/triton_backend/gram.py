@@ -17,6 +17,7 @@ from hswq.kernels.triton_backend._configs import (
 )
 from hswq.kernels.triton_backend._floats import widen
 from hswq.kernels.triton_backend._launch import launch
+from hswq.kernels.triton_backend._patches import load_patches, patch_columns
 
 # 2**40 in float32: what is above, or not finite, is no activation.
 _LIMIT_BITS = tl.constexpr((127 + 40) << 23)
@@ -30,50 +31,6 @@ def largest_magnitude_kernel(x_ptr, top_ptr, size, BLOCK_R: tl.constexpr, BLOCK_
     x = widen(tl.load(x_ptr + offset, mask=offset < size, other=0.0))
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(top_ptr, tl.max(bits, axis=0), sem="relaxed")
-
-
-@triton.jit
-def patch_columns(column, first, width, kernel_h, kernel_w, dilation_h, dilation_w):
-    """Channel of each column of a block of the layer's weight, and its shift in the image.
-
-    Returns:
-        channel, shift_y, shift_x, each int32 shape of column, and inside bool.
-    """
-    taps = kernel_h * kernel_w
-    place = first + column
-    tap = place % taps
-    return (
-        place // taps,
-        tap // kernel_w * dilation_h,
-        tap % kernel_w * dilation_w,
-        column < width,
-    )
-
-
-@triton.jit
-def load_patches(
-    x_ptr,
-    image,
-    y,
-    x,
-    inside_rows,
-    channel,
-    shift_y,
-    shift_x,
-    inside_columns,
-    channels,
-    height,
-    length,
-):
-    """Values of some patches (rows) at some columns: float32 [columns, rows], 0 outside."""
-    at_y = y[None, :] + shift_y[:, None]
-    at_x = x[None, :] + shift_x[:, None]
-    inside = inside_columns[:, None] & inside_rows[None, :]
-    inside &= (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < length)
-    # Within an image 32 bits are enough: `gram` sees to that.
-    place = (channel[:, None] * height + at_y) * length + at_x
-    start = image.to(tl.int64) * channels * height * length
-    return widen(tl.load((x_ptr + start)[None, :] + place, mask=inside, other=0.0))
 
 
 # One kernel for all layers: a Linear's input is images of one element. Nothing but the position
@@ -144,17 +101,21 @@ def gram_kernel(
             y = row // out_w % out_h * stride_h - padding_h
             x = row % out_w * stride_w - padding_w
             inside = row < rows
-            values_i = load_patches(
-                x_ptr,
-                *(image, y, x, inside),
-                *(channel_i, shift_yi, shift_xi, inside_i),
-                *(channels, height, length),
+            values_i = widen(
+                load_patches(
+                    x_ptr,
+                    *(image, y, x, inside),
+                    *(channel_i, shift_yi, shift_xi, inside_i),
+                    *(channels, height, length),
+                )
             )
-            values_j = load_patches(
-                x_ptr,
-                *(image, y, x, inside),
-                *(channel_j, shift_yj, shift_xj, inside_j),
-                *(channels, height, length),
+            values_j = widen(
+                load_patches(
+                    x_ptr,
+                    *(image, y, x, inside),
+                    *(channel_j, shift_yj, shift_xj, inside_j),
+                    *(channels, height, length),
+                )
             )
             if TF32:
                 # 16-bit values are exact in tf32 and their products in float32.

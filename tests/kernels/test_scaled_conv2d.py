@@ -68,6 +68,7 @@ def check(
             scales[part],
             cases.to_numpy(bias)[part],
             activation,
+            fp8_units=compute == "fp8" and backend.device.type == "cuda",
         )
 
 

@@ -53,6 +53,7 @@ def check(
         np.broadcast_to(np.float32(scale), outputs),
         np.zeros(outputs) if bias is None else cases.to_numpy(bias),
         activation,
+        fp8_units=compute == "fp8" and backend.device.type == "cuda",
     )
 
 
