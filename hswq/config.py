@@ -127,6 +127,13 @@ class CalibrationConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
         group=SAMPLING,
     )
+    activations: str = option(
+        "16bit",
+        "fp8: find the range of each layer's inputs and store a scale for them, so that readers "
+        "may multiply in FP8",
+        choices=("16bit", "fp8"),
+        group="calibration",
+    )
     device: str = option(
         "auto", "where to compute", choices=("auto", "cpu", "cuda"), group="compute"
     )
@@ -232,6 +239,11 @@ class QuantizeConfig(CalibrationConfig):
             raise OptionError(
                 "--container plain holds no scales, and --scaled needs them: "
                 "use comfy, legacy or hswq, or drop --scaled."
+            )
+        if self.activations == "fp8" and self.container in ("plain", "legacy"):
+            raise OptionError(
+                f"--container {self.container} holds no scales of inputs, and --activations fp8 "
+                "writes them: use comfy or hswq."
             )
         if not self.scaled and self.container == "legacy":
             raise OptionError(

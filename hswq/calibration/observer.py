@@ -22,7 +22,9 @@ _NAMES_IN_WARNING = 10
 
 
 @contextmanager
-def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibration]:
+def observe(
+    module: nn.Module, backend: str | None = None, *, input_max: bool = False
+) -> Iterator[Calibration]:
     """Watch every nn.Linear and nn.Conv2d of a module while the caller runs it.
 
     For each call of a layer with input x and output y: mean(y), mean(y^2) over all elements and
@@ -38,6 +40,7 @@ def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibrati
     Args:
         module: the denoiser, or any module with Linear or Conv2d layers.
         backend: kernel backend; None lets the dispatcher choose.
+        input_max: find the largest |x| of each layer too, which static FP8 activations need.
     Yields:
         A calibration that is empty inside the block and filled when it ends without an error.
         The hooks are removed in any case.
@@ -47,7 +50,7 @@ def observe(module: nn.Module, backend: str | None = None) -> Iterator[Calibrati
     """
     shared = _SharedInputs()
     monitors = [
-        _LayerMonitor(name, layer, shared, backend)
+        _LayerMonitor(name, layer, shared, backend, input_max)
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
@@ -124,7 +127,12 @@ class _LayerMonitor:
     """The hook of one layer and the sums that it adds into."""
 
     def __init__(
-        self, name: str, layer: nn.Linear | nn.Conv2d, shared: _SharedInputs, backend: str | None
+        self,
+        name: str,
+        layer: nn.Linear | nn.Conv2d,
+        shared: _SharedInputs,
+        backend: str | None,
+        input_max: bool,
     ) -> None:
         self.name = name
         self._layer = layer
@@ -138,6 +146,8 @@ class _LayerMonitor:
         self._dim = -3 if convolution else -1
         self._accumulators: list[MonitorAccumulators] = []
         self._room = 0
+        self._finds_input_max = input_max
+        self._input_max: dict[torch.device, Tensor] = {}
 
     def attach(self) -> torch.utils.hooks.RemovableHandle:
         return self._layer.register_forward_hook(_uncompiled(self._hook), with_kwargs=True)
@@ -160,6 +170,19 @@ class _LayerMonitor:
                 raise InputError(f"layer {self.name!r} cannot be observed: {error}") from error
             if known is None:
                 self._shared.keep(x, self._dim, abs_mean)
+            if self._finds_input_max:
+                self._find_input_max(x.detach())
+
+    def _find_input_max(self, x: Tensor) -> None:
+        """Take the largest |x| of a call into account, unless it is NaN or infinite."""
+        if x.device not in self._input_max:
+            self._input_max[x.device] = torch.zeros((), dtype=torch.float32, device=x.device)
+        if x.numel():
+            least, largest = torch.aminmax(x)
+            found = torch.maximum(-least, largest).float()
+            known = self._input_max[x.device]
+            # In place, so that the replays of a CUDA graph find it.
+            torch.maximum(known, torch.where(found.isfinite(), found, 0.0), out=known)
 
     def _tensor(self, what: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -181,12 +204,23 @@ class _LayerMonitor:
     def statistics(self) -> LayerStatistics:
         """Bring the sums to the CPU."""
         layout = self._kind, tuple(self._layer.weight.shape), self._groups
-        total = LayerStatistics(*layout, 0, 0, 0, 0, torch.zeros(self._channels, dtype=torch.int64))
+        largest = [float(value) for value in self._input_max.values()]
+        total = LayerStatistics(
+            *layout,
+            *(0, 0, 0, 0),
+            torch.zeros(self._channels, dtype=torch.int64),
+            input_max=max(largest, default=0.0) if self._finds_input_max else None,
+        )
         for sums in self._accumulators:
             calls, skipped = int(sums.calls), int(sums.skipped)
             mean_y, mean_y2 = join_pairs(torch.stack((sums.mean_y, sums.mean_y2)))
             total = total.merged(
-                LayerStatistics(*layout, calls, skipped, mean_y, mean_y2, sums.abs_mean.cpu())
+                LayerStatistics(
+                    *layout,
+                    *(calls, skipped, mean_y, mean_y2),
+                    sums.abs_mean.cpu(),
+                    input_max=total.input_max,
+                )
             )
         return total
 

@@ -69,7 +69,8 @@ def run_calibration(
         )
     pipeline.set_progress_bar_config(disable=True)
     finite = 0
-    with observe(denoiser, backend=config.backend) as calibration:
+    input_max = config.activations == "fp8"
+    with observe(denoiser, backend=config.backend, input_max=input_max) as calibration:
         for position, index in enumerate(indices):
 
             def report(pipe: Any, step: int, _: Any, tensors: Any, done: int = position) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class LayerStatistics:
         mean_y: sum of mean(y) in units of 2**-56, a Python integer of any size.
         mean_y2: sum of mean(y^2) in units of 2**-56.
         abs_mean: sum of mean |x| per input channel in units of 2**-32, int64 [I] on the CPU.
+        input_max: largest finite |x| of all calls, a float32; None where it was not looked for.
     Raises:
         InputError: a sum is outside its range or abs_mean has another shape.
     """
@@ -59,6 +61,7 @@ class LayerStatistics:
     mean_y: int
     mean_y2: int
     abs_mean: Tensor
+    input_max: float | None = None
 
     def __post_init__(self) -> None:
         channels = self.shape[1] * self.groups
@@ -68,6 +71,11 @@ class LayerStatistics:
                 f"{list(self.shape)} with {self.groups} groups needs [{channels}]."
             )
         # A sum of two int64 that leaves the range turns negative, so this finds overflow too.
+        if self.input_max is not None and not 0.0 <= self.input_max < math.inf:
+            raise InputError(
+                f"the largest input is {self.input_max}: the statistics are damaged, calibrate "
+                "again."
+            )
         negative = min(self.calls, self.skipped, self.mean_y2) < 0 or (self.abs_mean < 0).any()
         largest = max(abs(self.mean_y), self.mean_y2) >> MEAN_LOW_BITS
         if negative or largest >= 2**63:
@@ -90,6 +98,11 @@ class LayerStatistics:
             mean_y=self.mean_y + other.mean_y,
             mean_y2=self.mean_y2 + other.mean_y2,
             abs_mean=self.abs_mean + other.abs_mean,
+            input_max=(
+                None
+                if self.input_max is None or other.input_max is None
+                else max(self.input_max, other.input_max)
+            ),
         )
 
 
@@ -150,6 +163,10 @@ class Calibration:
         )
         return max(0.0, float(mean_square - mean**2))
 
+    def input_max(self, name: str) -> float | None:
+        """Return the largest finite |x| of the layer; None where it was not looked for."""
+        return self._layer(name).input_max
+
     def merge(self, other: Calibration) -> Calibration:
         """Return the statistics of both runs; the same bits in either order.
 
@@ -188,7 +205,8 @@ class Calibration:
         """Write a safetensors file, atomically; equal statistics write equal files.
 
         Tensors, all int64: 'calls' and 'skipped' [L], 'mean_y' and 'mean_y2' [L, 2] (units of
-        2**-8, rest in units of 2**-56), and 'abs_mean.NAME' [I] for every layer.
+        2**-8, rest in units of 2**-56), and 'abs_mean.NAME' [I] for every layer. Where the largest
+        inputs were looked for in all layers, 'input_max' [L], the bits of their float32.
 
         Raises:
             InputError: the file cannot be written.
@@ -200,6 +218,11 @@ class Calibration:
             "mean_y": split_pairs(layer.mean_y for layer in layers),
             "mean_y2": split_pairs(layer.mean_y2 for layer in layers),
         }
+        largest = [layer.input_max for layer in layers if layer.input_max is not None]
+        if len(largest) == len(self.modules):
+            tensors["input_max"] = (
+                torch.tensor(largest, dtype=torch.float32).view(torch.int32).long()
+            )
         tensors |= {f"abs_mean.{name}": layer.abs_mean for name, layer in self.modules.items()}
         metadata = {
             _VERSION_KEY: STATISTICS_VERSION,
@@ -254,19 +277,26 @@ class Calibration:
         if floating:
             raise TypeError(f"tensor {floating[0]!r} is not I64")
         layouts = json.loads(metadata["hswq.layers"])
+        largest: list[float] | list[None] = [None] * len(layouts)
+        if "input_max" in checkpoint.tensors:
+            bits = checkpoint.read("input_max").to(torch.int32)
+            largest = bits.view(torch.float32).tolist()
         columns = zip(
             layouts,
             checkpoint.read("calls").tolist(),
             checkpoint.read("skipped").tolist(),
             join_pairs(checkpoint.read("mean_y")),
             join_pairs(checkpoint.read("mean_y2")),
+            largest,
             strict=True,
         )
         modules = {}
-        for (name, kind, shape, groups), calls, skipped, mean_y, mean_y2 in columns:
-            abs_mean = checkpoint.read(f"abs_mean.{name}")
+        for (name, kind, shape, groups), calls, skipped, mean_y, mean_y2, input_max in columns:
             modules[name] = LayerStatistics(
-                kind, tuple(shape), groups, calls, skipped, mean_y, mean_y2, abs_mean
+                *(kind, tuple(shape), groups),
+                *(calls, skipped, mean_y, mean_y2),
+                checkpoint.read(f"abs_mean.{name}"),
+                input_max,
             )
         stored_map = metadata.get("hswq.model_map")
         return cls(

@@ -19,6 +19,7 @@ from hswq.errors import InputError
 from hswq.formats.containers import (
     FORMAT_VERSION,
     QuantizedLayer,
+    can_scale,
     container_metadata,
     extra_specs,
 )
@@ -26,7 +27,14 @@ from hswq.formats.e4m3 import E4M3_MAX
 from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.models.map import ModelMap, Unit
-from hswq.plan import Candidate, LayerPlan, Plan, plan_options, select_layers
+from hswq.plan import (
+    Candidate,
+    LayerPlan,
+    Plan,
+    plan_options,
+    select_layers,
+    static_input_scale,
+)
 from hswq.search import AmaxResult, search_amax
 
 QUANTIZABLE_DTYPES = ("F16", "BF16", "F32")
@@ -51,10 +59,27 @@ class Job:
     def quantized_layers(self) -> tuple[QuantizedLayer, ...]:
         """The FP8 layers as the container sees them."""
         return tuple(
-            QuantizedLayer(key, layer.kind, layer.shape, layer.scaled)
+            QuantizedLayer(
+                key,
+                layer.kind,
+                layer.shape,
+                layer.scaled,
+                static_input=self.input_scale(key) is not None,
+            )
             for key, layer in self.layers.items()
             if layer.quantized
         )
+
+    def input_scale(self, key: str) -> float | None:
+        """Return the scale that is stored for the inputs of an FP8 layer, if one is.
+
+        Raises:
+            InputError: FP8 activations are asked for and the statistics hold no ranges of inputs.
+        """
+        unit = self.units[key]
+        if self.config.activations != "fp8" or not can_scale(self.config.container, unit.kind):
+            return None
+        return static_input_scale(self.calibration, unit.modules[0].name)
 
     def plan(self, results: dict[str, AmaxResult], predicted_bytes: int) -> Plan:
         """Return the plan with what the search found so far."""
@@ -222,6 +247,16 @@ def job_warnings(job: Job) -> list[str]:
         found.append(
             "the hswq container holds scales that only hswq applies: other programs show a wrong "
             "image. Use --container comfy for ComfyUI."
+        )
+    dynamic = [
+        layer.name
+        for key, layer in job.layers.items()
+        if layer.quantized and layer.kind == "linear" and job.input_scale(key) is None
+    ]
+    if config.activations == "fp8" and dynamic:
+        found.append(
+            f"{len(dynamic)} FP8 layers get no input scale, since a few of their tokens are far "
+            f"larger than the others: {', '.join(dynamic[:10])}{' …' if len(dynamic) > 10 else ''}."
         )
     uncounted = [
         layer.name

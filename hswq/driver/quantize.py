@@ -181,7 +181,9 @@ def _write_tensors(
                         stream.behind(writer.write_chunk, key, offset, codes)
                 loan.release()
                 scale = job.scale(key, results[key])
-                for name, tensor in extra_tensors(job.config.container, fp8[key], scale).items():
+                container, input_scale = job.config.container, job.input_scale(key)
+                extra = extra_tensors(container, fp8[key], scale, input_scale)
+                for name, tensor in extra.items():
                     stream.behind(writer.write, name, tensor)
             else:
                 with watch.phase("check"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import hswq
 from hswq import kernels
+from hswq.calibration import Calibration
 from hswq.errors import InputError, PlanError
 from hswq.formats.containers import (
     FORMAT_VERSION,
@@ -25,11 +26,17 @@ from hswq.formats.e4m3 import E4M3_MAX
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.loader.load import tell_diffusers
 from hswq.loader.modules import Conv2d, Linear, fp8_layer
-from hswq.plan import LayerPlan, Plan
+from hswq.plan import LayerPlan, Plan, static_input_scale
 from hswq.search import scale_of
 
 
-def quantize_module(module: nn.Module, plan: Plan, *, backend: str | None = None) -> nn.Module:
+def quantize_module(
+    module: nn.Module,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    *,
+    backend: str | None = None,
+) -> nn.Module:
     """Replace the layers that a plan quantizes by hswq.Linear and hswq.Conv2d.
 
     The bytes are those that `quantize_checkpoint` writes for the same weights and the same plan.
@@ -37,13 +44,16 @@ def quantize_module(module: nn.Module, plan: Plan, *, backend: str | None = None
     Args:
         module: the module that `make_plan` was called with.
         plan: its plan.
+        calibration: what the plan was made from; needed where it asks for FP8 activations.
         backend: of the kernels.
     Returns:
         The module, changed in place.
     Raises:
         PlanError: the plan names a layer that the module lacks, or was made without a search; the
             module is then as it was.
+        InputError: the plan asks for FP8 activations, and the statistics hold no ranges of inputs.
     """
+    input_scales = _input_scales(plan, calibration)
     found = {layer.name: _layer_of(module, layer) for layer in plan.quantized}
     for layer in plan.quantized:
         part = found[layer.name]
@@ -52,9 +62,24 @@ def quantize_module(module: nn.Module, plan: Plan, *, backend: str | None = None
         scale = scale_of(amax) if layer.scaled else 1.0
         codes = kernels.quantize_e4m3(weight, amax, scale, backend=backend)
         values = torch.tensor([scale], dtype=torch.float32, device=weight.device)
-        module.set_submodule(layer.name, fp8_layer(part, codes, values, part.bias))
+        input_scale = input_scales.get(layer.name)
+        if input_scale is not None:
+            input_scale = input_scale.to(weight.device)
+        module.set_submodule(layer.name, fp8_layer(part, codes, values, part.bias, input_scale))
     tell_diffusers(module)
     return module
+
+
+def _input_scales(plan: Plan, calibration: Calibration | None) -> dict[str, Tensor]:
+    """Return the scale of each quantized layer's inputs that has one."""
+    if plan.options.get("activations") != "fp8":
+        return {}
+    if calibration is None:
+        raise InputError(
+            "the plan asks for FP8 activations: pass the calibration that it was made from."
+        )
+    found = {layer.name: static_input_scale(calibration, layer.name) for layer in plan.quantized}
+    return {name: torch.tensor(scale) for name, scale in found.items() if scale is not None}
 
 
 def _layer_of(module: nn.Module, layer: LayerPlan) -> nn.Linear | nn.Conv2d:

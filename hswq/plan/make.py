@@ -26,6 +26,8 @@ def plan_options(config: QuantizeConfig) -> dict[str, object]:
         "bins": bins,
         "candidates": candidates,
         "refinements": refinements,
+        # Absent otherwise, as in the files of earlier releases.
+        **({"activations": "fp8"} if config.activations == "fp8" else {}),
     }
 
 
