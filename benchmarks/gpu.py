@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if "--small" in sys.argv:
     import torch
@@ -36,10 +36,11 @@ if "--small" in sys.argv:
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks import seed_algorithm
+from benchmarks import gpu_layers, seed_algorithm
 from benchmarks.cases import DTYPES, Pool, noise, sdxl_layers
+from benchmarks.gpu_bench import BACKEND, Bench, Row
 from benchmarks.make_checkpoint import configuration, filled_module
 from benchmarks.monitor import seed_hooks, unet_inputs
 from benchmarks.record import RESULTS, commit_name
@@ -49,54 +50,7 @@ from hswq.config import SEARCH_PRESETS
 from hswq.kernels import MonitorAccumulators
 from hswq.search import Layer, search_layers
 
-BACKEND = "triton"
 ROOT = Path(__file__).parents[1]
-Row = dict[str, Any]
-
-
-class Bench(NamedTuple):
-    """Where and how much is measured.
-
-    Attributes:
-        device: of all tensors.
-        small: a few numbers instead of real sizes.
-        rounds: calls a median is taken of.
-        flush: memory that is overwritten before each call, larger than any cache.
-    """
-
-    device: torch.device
-    small: bool
-    rounds: int
-    flush: Tensor
-
-    def seconds(self, side: Callable[[], object]) -> float:
-        """Return the median time of a call, after one that is not counted."""
-        side()
-        times = []
-        for _ in range(self.rounds):
-            self.flush.zero_()
-            if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                side()
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end) / 1e3)
-            else:
-                begin = time.perf_counter()
-                side()
-                times.append(time.perf_counter() - begin)
-        return statistics.median(times)
-
-    def wait(self) -> None:
-        """Wait until the device has nothing left to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def noise(self, *shape: int, dtype: torch.dtype, deviation: float = 0.02) -> Tensor:
-        """Return normal numbers."""
-        values = torch.randn(shape, device=self.device, dtype=torch.float32) * deviation
-        return values.to(dtype)
 
 
 def share_row(bench: Bench, op: str, case: str, moved: int, side: Callable[[], object]) -> Row:
@@ -418,7 +372,10 @@ def overhead_row(times: dict[str, list[float]]) -> Row:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     part.__name__: part
-    for part in (tests, self_tests, elementwise, monitor, histogram, search, rounding, forward)
+    for part in (
+        *(tests, self_tests, elementwise, monitor, histogram, search, rounding, forward),
+        *(gpu_layers.products, gpu_layers.convolutions, gpu_layers.steps),
+    )
 }
 
 

@@ -30,5 +30,6 @@ def test_every_part_runs_small(tmp_path: Path) -> None:
     assert {row["op"] for row in rows} == {
         *("tests", "self_test", "quantize_e4m3", "dequantize_e4m3", "monitor"),
         *("weighted_histogram", "search", "gram", "round_compensated", "observe"),
+        *("scaled_matmul", "scaled_conv2d", "step"),
     }
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
