@@ -1,6 +1,6 @@
 """The layers' products as operators of torch: traced by torch.compile, refused by autograd.
 
-They are defined at the dispatcher's lowest price, since a model calls hundreds of them a step.
+A plain inference call goes to the kernels directly: a model makes hundreds of them a step.
 """
 
 from __future__ import annotations
@@ -101,5 +101,26 @@ for _name, _schema, _function, _fake in (
     torch.library.register_fake(_name, _fake)
     torch.library.register_autograd(_name, _no_gradient)
 
-scaled_linear = torch.ops.hswq.scaled_linear.default
-scaled_conv2d = torch.ops.hswq.scaled_conv2d.default
+
+def scaled_linear(x: Tensor, *arguments: Any) -> Tensor:
+    """Apply hswq::scaled_linear."""
+    if _needs_operator(x):
+        result: Tensor = torch.ops.hswq.scaled_linear.default(x, *arguments)
+        return result
+    return _linear(x, *arguments)
+
+
+def scaled_conv2d(x: Tensor, *arguments: Any) -> Tensor:
+    """Apply hswq::scaled_conv2d."""
+    if _needs_operator(x):
+        result: Tensor = torch.ops.hswq.scaled_conv2d.default(x, *arguments)
+        return result
+    return _conv2d(x, *arguments)
+
+
+def _needs_operator(x: Tensor) -> bool:
+    """Tell whether somebody traces or differentiates this call.
+
+    Otherwise the dispatcher's way through Python would cost as much as a small product.
+    """
+    return torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor
