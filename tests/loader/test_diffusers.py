@@ -212,6 +212,47 @@ def test_images_are_those_of_the_dequantized_weights(demo_file: Path) -> None:
 
 
 @pytest.mark.slow
+def test_pipeline_goes_through_a_folder(demo_file: Path, tmp_path: Path) -> None:
+    """A published folder loads with from_pretrained, and its UNet is FP8."""
+    from diffusers import StableDiffusionXLPipeline
+
+    unet = hswq.load_unet(demo_file, pipeline=demo_folder(), dtype=torch.float32)
+    demo_pipeline(unet).save_pretrained(tmp_path / "folder")
+    hswq.register_diffusers()
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tmp_path / "folder", local_files_only=True, torch_dtype=torch.float32
+    )
+    assert_equal_states(pipeline.unet, unet)
+    assert any(isinstance(part, hswq.Linear) for part in pipeline.unet.modules())
+
+
+@pytest.mark.slow
+def test_lora_of_diffusers_loads_on_top(demo_file: Path, tmp_path: Path) -> None:
+    """load_lora_weights is how users add a style; the weights below stay FP8."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import LoraConfig, get_peft_model_state_dict
+
+    unet = hswq.load_unet(demo_file, pipeline=demo_folder(), dtype=torch.float32)
+    donor = hswq.load_unet(demo_file, pipeline=demo_folder(), dtype=torch.float32)
+    donor.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    state = get_peft_model_state_dict(donor)
+    pipeline = demo_pipeline(unet)
+    before = paint(unet)
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    pipeline.load_lora_weights(tmp_path)
+    adapted = [part for name, part in unet.named_modules() if name.endswith("to_q.base_layer")]
+    fp8 = [part for part in adapted if isinstance(part, hswq.Linear)]
+    assert len(fp8) > len(adapted) / 2
+    assert all(part.weight.dtype == torch.float8_e4m3fn for part in fp8)
+    assert not np.array_equal(paint(unet), before)
+    pipeline.unload_lora_weights()
+    assert np.array_equal(paint(unet), before)
+
+
+@pytest.mark.slow
 def test_fp8_activations_paint_nearly_the_same(demo_file: Path) -> None:
     """FP8 activations cost about what FP8 weights cost, not the image."""
     load = {"pipeline": demo_folder(), "dtype": torch.float32}
