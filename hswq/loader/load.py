@@ -15,6 +15,7 @@ from hswq.formats.quantized import (
     container_keys,
     quantized_weights,
     read_input_scale,
+    read_scale,
     read_weight,
 )
 from hswq.formats.reader import Checkpoint
@@ -54,9 +55,10 @@ def load_quantized(
     Returns:
         The module, changed in place.
     Raises:
-        InputError: keys are missing, unexpected or of another shape (the text lists them); the
-            module is then as it was. Or the path or an option cannot be used.
-        FormatError: a file is damaged, or its FP8 weights are of a kind that cannot be read.
+        InputError: keys are missing, unexpected or of another shape (the text lists them), or the
+            path or an option cannot be used.
+        FormatError: a file is damaged, or its FP8 weights are of a kind that cannot be read. In all
+            these cases the module is as it was.
     """
     check_compute(compute)
     if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -73,9 +75,10 @@ def load_quantized(
 
 
 def tell_diffusers(module: nn.Module) -> None:
-    """Let diffusers' own models know that they hold FP8 layers, if the module is one."""
+    """Let a model of diffusers know that it holds FP8 layers, if it is one and does."""
     # By name: diffusers is not imported for modules that are not its own.
-    if any(kind.__name__ == "ModelMixin" for kind in type(module).__mro__):
+    is_model = any(kind.__name__ == "ModelMixin" for kind in type(module).__mro__)
+    if is_model and any(isinstance(part, (Linear, Conv2d)) for part in module.modules()):
         from hswq.loader.diffusers_quantizer import attach
 
         attach(module)
@@ -182,7 +185,8 @@ class _Filler:
         """Refuse what `fill` cannot do, before anything of the module is changed.
 
         Raises:
-            FormatError: the file's FP8 weights are of another kind, or only parts of a layer's.
+            FormatError: the file's FP8 weights are of another kind, or only parts of a layer's, or
+                a scale cannot be used.
             InputError: the module has FP8 layers where the file has none.
         """
         where = self._checkpoint.path
@@ -210,6 +214,10 @@ class _Filler:
                     f"only parts of the weight of layer {path!r} are FP8 in {where}: quantize the "
                     "checkpoint again."
                 )
+            for part in self._sources[name] if all(fp8) else ():
+                base = part.key.removesuffix(".weight")
+                read_scale(self._checkpoint, base)
+                read_input_scale(self._checkpoint, base)
             if not any(fp8) and isinstance(layer, (Linear, Conv2d)):
                 raise InputError(
                     f"layer {path!r} of the module is FP8 already, and {where} keeps it in 16 or "

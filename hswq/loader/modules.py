@@ -67,6 +67,7 @@ class _Fp8Weight(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """The dtype of the 16- or 32-bit weight that this layer stands for."""
         return self._dtype_of_weight.dtype
 
     def dequantize(self) -> Tensor:
@@ -326,4 +327,5 @@ def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if moved.dtype != as_integers:
         # Module.type() converts integers too.
         return tensor.to(moved.device)
-    return moved.view(tensor.dtype)
+    # In another memory format the codes would be brought back into order at every call.
+    return moved.contiguous().view(tensor.dtype)

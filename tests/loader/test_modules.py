@@ -93,6 +93,15 @@ def test_conversions_leave_codes_and_scales_alone(convert) -> None:
     assert layer.bias.dtype == model[1].weight.dtype == layer.compute_dtype != torch.float32
 
 
+def test_memory_format_leaves_codes_in_their_order() -> None:
+    """Codes of channels-last strides would be copied at every call."""
+    layer = quantized(nn.Conv2d(4, 6, 3))
+    before = raw(layer.weight).clone()
+    layer.to(memory_format=torch.channels_last)
+    assert layer.weight.is_contiguous()
+    assert torch.equal(raw(layer.weight), before)
+
+
 def test_codes_are_no_parameter() -> None:
     """diffusers reads a model's dtype from its parameters; an FP8 one would be passed on."""
     layer = linear()
