@@ -75,10 +75,11 @@ def tests(bench: Bench) -> Iterator[Row]:
     wanted = (
         "triton and test_scale_divides" if bench.small else "(triton or gpu) and not test_triton"
     )
+    folders = ("tests/kernels", "tests/search", "tests/loader")
     begin = time.perf_counter()
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "tests/kernels", "tests/search", "-q", "-k", wanted),
+            *(sys.executable, "-m", "pytest", *folders, "-q", "-k", wanted),
             *("--require-backends", BACKEND, "-p", "no:cacheprovider"),
         ],
         cwd=ROOT,
