@@ -20,6 +20,8 @@ from hswq.formats.e4m3 import decode
 from hswq.formats.reader import Checkpoint, TensorInfo
 
 _WEIGHT = ".weight"
+# Scales of blocks and of scales (DeepSeek's FP8, NVFP4): codes beside them are not the values.
+_FOREIGN_SCALES = (".weight_scale_inv", ".weight_scale_2", ".scale_inv")
 # Four-bit weights of other tools, packed into int32 (GPTQ, AWQ, SVDQuant; compressed-tensors).
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
@@ -122,6 +124,13 @@ def read_scale(checkpoint: Checkpoint, base: str) -> Tensor:
         raise FormatError(
             f"weight {info.name!r} in {info.path} is {info.dtype}: only F8_E4M3 can be dequantized "
             "here. Use the tool that wrote it."
+        )
+    foreign = [base + suffix for suffix in _FOREIGN_SCALES if base + suffix in checkpoint.tensors]
+    if foreign:
+        raise FormatError(
+            f"weight {info.name!r} in {info.path} is scaled by {foreign[0]!r}, blocks of it by "
+            "numbers of their own: only one scale a weight or one a row can be read. Use the tool "
+            "that wrote it."
         )
     if weight.scale_key is None:
         return torch.ones((), device="cpu")

@@ -235,6 +235,23 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     assert float(load_file(output)["a.weight"][0, 0]) == pytest.approx(448e3, rel=2.0**-8)
 
 
+def test_scales_of_blocks_are_refused(tmp_path: Path) -> None:
+    """Taken for unscaled, such weights would be wrong by orders of magnitude."""
+    tensors = {
+        "a.weight": torch.ones(256, 128).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.full((2, 1), 1e-3),
+    }
+    source, output = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    for function, option in (
+        (hswq.convert_checkpoint, "hswq"),
+        (hswq.dequantize_checkpoint, "fp16"),
+    ):
+        with pytest.raises(FormatError, match=r"'a\.weight' .*'a\.weight_scale_inv'"):
+            function(source, output, option)
+    assert not output.exists()
+
+
 def test_other_sources_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     """A 16-bit file, or int8 codes, would be copied as if something had been done."""
     output = tmp_path / "out.safetensors"
