@@ -64,25 +64,35 @@ def test_scaled_weights_lie_within_half_a_codepoint_step(demo: tuple[Path, DemoR
             assert bool((error <= half_step + weight.abs() * 2.0**-22).all()), base
 
 
-def test_unscaled_file_paints_what_the_source_paints(demo: tuple[Path, DemoResult]) -> None:
-    """The default V1 file loads in stock diffusers, markers ignored, and shows the same image."""
+def paint(path: Path) -> np.ndarray:
+    """Paint with diffusers alone, as a program does that knows nothing of hswq."""
     from diffusers import StableDiffusionXLPipeline
 
-    def paint(path: Path) -> np.ndarray:
-        pipeline = StableDiffusionXLPipeline.from_single_file(
-            str(path), config=str(demo_folder()), local_files_only=True, torch_dtype=torch.float32
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        prompt = (demo_folder() / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
-        return pipeline(
-            prompt,
-            height=64,
-            width=64,
-            num_inference_steps=10,
-            generator=torch.Generator().manual_seed(0),
-            output_type="np",
-        ).images[0]
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        str(path), config=str(demo_folder()), local_files_only=True, torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = (demo_folder() / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
+    image: np.ndarray = pipeline(
+        prompt,
+        height=64,
+        width=64,
+        num_inference_steps=10,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images[0]
+    return image
 
+
+def test_unscaled_file_paints_what_the_source_paints(demo: tuple[Path, DemoResult]) -> None:
+    """The default V1 file loads in stock diffusers, markers ignored, and shows the same image."""
     exact = paint(demo_folder() / "demo.safetensors")
     rounded = paint(demo[0] / "demo.v1.safetensors")
     assert 0.0 < np.square(exact - rounded).mean() < 0.1 * exact.var()
+
+
+def test_scaled_file_needs_a_reader_that_scales(demo: tuple[Path, DemoResult]) -> None:
+    """The README warns of V2 in stock diffusers: the warning must be true, and only as long."""
+    exact = paint(demo_folder() / "demo.safetensors")
+    wrong = paint(demo[0] / "demo.v2.safetensors")
+    assert not np.square(exact - wrong).mean() < 0.5 * exact.var()
