@@ -8,7 +8,7 @@ the others within 2**-30, which sums of these sizes keep with ease.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -193,36 +193,42 @@ def _round_compensated() -> Iterator[Arguments]:
         yield w, upper, _normal(9).abs() + 1e-5, order
 
 
+def _few_values(*shape: int) -> Tensor:
+    """Return numbers from -2 to 2: FP8 matrix units hold their sums exactly too."""
+    return _normal(*shape, sigma=2.0).round().clamp(-2, 2)
+
+
 def _codes(*shape: int) -> Tensor:
-    """Return codepoints of small integers, NaN nowhere."""
-    return reference.quantize_e4m3(_whole(*shape).clamp(-8, 8), _float(448.0), _float(1.0))
+    """Return codepoints of such numbers."""
+    return reference.quantize_e4m3(_few_values(*shape), _float(448.0), _float(1.0))
 
 
-def _layers(compute: Iterable[str]) -> Iterator[tuple[torch.dtype, str]]:
-    for name in compute:
-        yield COMPUTE.get(name, torch.float16), name
+def _layers() -> Iterator[tuple[torch.dtype, str, Tensor | None]]:
+    """Yield each way to compute, with a dtype of the inputs and their static scale."""
+    for compute, dtype in COMPUTE.items():
+        yield dtype, compute, None
+    yield torch.float16, "fp8", _float(1.0)
 
 
 def _scaled_matmul() -> Iterator[Arguments]:
     every_code = torch.arange(256, device="cpu").to(torch.uint8)
     every_code = every_code[every_code & 0x7F < 0x7F]
-    for dtype, compute in _layers((*COMPUTE, "fp8")):
+    for dtype, compute, static in _layers():
         # One row of x picks one codepoint, so that a wrong decoding shows, whatever it is of.
-        x = torch.eye(len(every_code), dtype=dtype, device="cpu")
-        yield x, every_code[None], _float(0.5), None, None, compute, None
+        x, bias = torch.eye(len(every_code), dtype=dtype, device="cpu"), _whole(24).to(dtype)
+        scale = 2.0 ** _few_values(24)
+        # As few kinds of arguments as tell all: each has to be compiled.
+        yield x, every_code[None], scale[:1], torch.zeros_like(bias[:1]), static, compute, None
         for rows in (3, 40, 130):
-            x, bias = _whole(rows, 80).to(dtype), _whole(24).to(dtype)
-            scale = 2.0 ** _whole(24).clamp(-4, 4)
-            static = _float(1.0) if compute == "fp8" else None
+            x = _few_values(rows, 80).to(dtype)
             yield x, _codes(24, 80), scale, bias, static, compute, None
-            yield x, _codes(24, 80), _float(0.125), None, static, compute, None
+    yield x, _codes(24, 80), _float(0.125), None, None, "fp8", None
 
 
 def _scaled_conv2d() -> Iterator[Arguments]:
     geometry = (2, 1), (1, 0), (1, 2)
-    for dtype, compute in _layers((*COMPUTE, "fp8")):
-        x, bias = _whole(2, 6, 7, 8).to(dtype), _whole(8).to(dtype)
-        static = _float(1.0) if compute == "fp8" else None
+    for dtype, compute, static in _layers():
+        x, bias = _few_values(2, 6, 7, 8).to(dtype), _whole(8).to(dtype)
         for groups in (1, 2):
             codes = _codes(8, 6 // groups, 3, 2)
             yield x, codes, _float(0.5), bias, *geometry, groups, static, compute, None
