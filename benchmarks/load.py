@@ -31,11 +31,11 @@ def measure(path: Path, compute: str) -> dict[str, int | float]:
     import hswq
     from benchmarks.matmul import status_bytes
     from hswq.formats.reader import Checkpoint
-    from hswq.models.denoiser import meta_denoiser
-    from hswq.models.folders import denoiser_config
+    from hswq.models.denoiser import denoiser_config, meta_denoiser
+    from hswq.models.detect import detect
 
     with Checkpoint.open(path) as checkpoint:
-        config, _ = denoiser_config(checkpoint, None)
+        config, _ = denoiser_config(checkpoint, None, detect(checkpoint))
         largest = max(info.nbytes for info in checkpoint.tensors.values())
         file_bytes = sum(file.stat().st_size for file in checkpoint.files)
     meta_denoiser(config)

@@ -17,7 +17,7 @@ from hswq.calibration import (
 )
 from hswq.config import CalibrationConfig
 from hswq.driver.source import Source, open_source
-from hswq.errors import BackendError
+from hswq.errors import BackendError, InputError
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
 from hswq.progress import Progress, no_progress
@@ -72,6 +72,12 @@ def calibrate_source(source: Source, config: CalibrationConfig, progress: Progre
     from hswq.models.quiet import quiet_libraries
     from hswq.models.sdxl import build_pipeline
 
+    if source.detection.family != "sdxl":
+        raise InputError(
+            f"hswq does not sample {source.detection.family} checkpoints by itself: run diffusers' "
+            "pipeline on it within `hswq.observe(pipeline.transformer)`, save the calibration, and "
+            "give that file with --stats."
+        )
     device = resolve_device(config.device)
     # Prompts are read before anything slow, so that a wrong file is told at once.
     conditioning: Embeddings | list[str] = (

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
 from hswq.loader.load import load_quantized
-from hswq.models.denoiser import meta_denoiser
-from hswq.models.folders import denoiser_config, refusing
+from hswq.models.denoiser import denoiser_config, meta_denoiser
+from hswq.models.detect import detect
+from hswq.models.families import FAMILIES
 from hswq.models.quiet import quiet_libraries
 
 PathLike = str | os.PathLike[str]
@@ -53,9 +53,7 @@ def load_unet(
     Raises:
         The errors of `hswq.load_quantized`.
     """
-    with Checkpoint.open(path) as checkpoint:
-        config, _ = denoiser_config(checkpoint, None if pipeline is None else Path(pipeline))
-    return _finish(meta_denoiser(_plain(config)), path, compute, device, dtype)
+    return _load(path, "unet", compute, device, dtype, pipeline)
 
 
 def load_transformer(
@@ -64,58 +62,60 @@ def load_transformer(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    pipeline: PathLike | None = None,
 ) -> Any:
     """Build diffusers' transformer of an FP8 checkpoint and load it.
 
     Args:
-        path: diffusers component or pipeline folder, or a file beside its config.json.
+        path: Flux.1 or Z-Image file of any container, in the layout of single-file checkpoints; or
+            the diffusers component or pipeline folder of any transformer.
         compute: see `hswq.load_quantized`.
         device: where to load.
         dtype: of all that is not FP8; None keeps the file's.
+        pipeline: diffusers folder whose transformer/config.json describes the transformer; None:
+            the configuration beside a diffusers component, else what the file's shapes say.
     Returns:
-        The class that config.json names, in eval mode, without gradients.
+        diffusers' class, in eval mode, without gradients.
     Raises:
-        InputError: there is no config.json of a diffusers transformer; and the errors of
-            `hswq.load_quantized`.
+        The errors of `hswq.load_quantized`.
     """
-    with Checkpoint.open(path) as checkpoint:
-        config = checkpoint.config or {}
-    name = config.get("_class_name")
-    if not isinstance(name, str) or not name.endswith("Transformer2DModel"):
-        raise InputError(
-            f"beside {path} lies no config.json of a diffusers transformer (its _class_name is "
-            f"{name!r}): give a diffusers folder; UNets load with hswq.load_unet."
-        )
-    with quiet_libraries():
-        import diffusers
-
-        kind = getattr(diffusers, name, None)
-        if kind is None:
-            raise InputError(
-                f"the installed diffusers {diffusers.__version__} has no {name}, which config.json "
-                f"beside {path} names: install a newer one."
-            )
-        from accelerate import init_empty_weights
-
-        damage = refusing(f"diffusers cannot build a {name} from config.json beside {path}", "")
-        # Buffers that no file holds (tables of positions) are made, parameters are not.
-        with damage, init_empty_weights(include_buffers=False):
-            model = kind.from_config(_plain(config))
-    return _finish(model, path, compute, device, dtype)
+    return _load(path, "transformer", compute, device, dtype, pipeline)
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "quantization_config"}
-
-
-def _finish(
-    model: nn.Module,
+def _load(
     path: PathLike,
+    component: str,
     compute: str,
     device: torch.device | str,
     dtype: torch.dtype | None,
-) -> nn.Module:
+    pipeline: PathLike | None,
+) -> Any:
+    with Checkpoint.open(path) as checkpoint:
+        beside = checkpoint.config or {}
+        name = beside.get("_class_name")
+        if component == "transformer" and pipeline is None and _is_transformer(name):
+            config, class_name = beside, str(name)
+        else:
+            detection = detect(checkpoint)
+            family = FAMILIES[detection.family]
+            if family.component != component:
+                raise InputError(
+                    f"the denoiser of {path} ({family.name}) is a {family.title}: load it with "
+                    f"hswq.load_{family.component}."
+                )
+            folder = None if pipeline is None else Path(pipeline)
+            config, _ = denoiser_config(checkpoint, folder, detection)
+            class_name = family.class_name
+    model = meta_denoiser(_plain(config), class_name)
     load_quantized(model, path, compute, device=device)
     with quiet_libraries():
         model.to(device=device, dtype=dtype) if dtype is not None else model.to(device=device)
     return model.eval()
+
+
+def _is_transformer(name: object) -> bool:
+    return isinstance(name, str) and "Transformer" in name and name.endswith("Model")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -21,6 +21,7 @@ from hswq.formats.quantized import (
 from hswq.formats.reader import Checkpoint
 from hswq.loader.modules import Conv2d, Linear, check_compute, fp8_layer
 from hswq.models.detect import detect
+from hswq.models.families import FAMILIES
 from hswq.models.map import Source
 
 Sources = dict[str, tuple[Source, ...]]
@@ -41,8 +42,8 @@ def load_quantized(
     gradient. Tensors are read one by one: memory is what the module takes, and one tensor.
 
     Files of all containers are read, those of other tools with a scale a weight or one a row too,
-    with the module's own names, under any prefix; for diffusers' SDXL UNet also in the layout of
-    single-file checkpoints, whose other components are left alone.
+    with the module's own names, under any prefix; for diffusers' denoisers of the families that
+    hswq knows also in the layout of single-file checkpoints, whose other components are left alone.
 
     Args:
         module: as it is built from its configuration, on any device; meta is best.
@@ -108,7 +109,7 @@ def _find_sources(module: nn.Module, checkpoint: Checkpoint) -> Sources:
         if key not in extra and info.numel
     }
     prefix = _prefix(expected, found)
-    if prefix + next(iter(expected)) not in found and _is_unet(module):
+    if prefix + next(iter(expected)) not in found and _is_known(module):
         # The names are not the module's own: the layout of single-file checkpoints.
         from hswq.models.trace import trace_map
 
@@ -138,8 +139,10 @@ def _find_sources(module: nn.Module, checkpoint: Checkpoint) -> Sources:
     }
 
 
-def _is_unet(module: nn.Module) -> bool:
-    return any(kind.__name__ == "UNet2DConditionModel" for kind in type(module).__mro__)
+def _is_known(module: nn.Module) -> bool:
+    """Tell whether a module is a denoiser whose single-file names can be mapped."""
+    known = {family.class_name for family in FAMILIES.values()}
+    return any(kind.__name__ in known for kind in type(module).__mro__)
 
 
 def _prefix(expected: Iterable[str], found: Iterable[str]) -> str:

@@ -56,26 +56,3 @@ def configuration_folders(checkpoint: Checkpoint, pipeline_dir: Path | None) -> 
     """Return where configurations may come from, the most particular first."""
     given = [folder for folder in (pipeline_dir, checkpoint.pipeline_dir) if folder is not None]
     return [*given, SHIPPED]
-
-
-def denoiser_config(
-    checkpoint: Checkpoint, pipeline_dir: Path | None
-) -> tuple[dict[str, Any], str]:
-    """Return the UNet's configuration, and in words where it comes from.
-
-    Raises:
-        InputError: `pipeline_dir` was given and holds no UNet configuration.
-    """
-    if pipeline_dir is None:
-        # Beside a single file may lie the configuration of anything.
-        beside = checkpoint.config or {}
-        if beside.get("_class_name") == "UNet2DConditionModel":
-            return beside, f"beside '{checkpoint.files[0]}'"
-    path = (SHIPPED if pipeline_dir is None else pipeline_dir) / "unet" / "config.json"
-    config = read_json(path)
-    if config is None:
-        raise InputError(
-            f"--pipeline '{pipeline_dir}' holds no 'unet/config.json': "
-            "give a diffusers pipeline folder (the one with model_index.json)."
-        )
-    return config, "of SDXL base" if pipeline_dir is None else f"'{path}'"

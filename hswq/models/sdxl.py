@@ -13,12 +13,11 @@ from torch import nn
 from hswq.errors import InputError
 from hswq.formats.quantized import is_quantized
 from hswq.formats.reader import Checkpoint
-from hswq.models.denoiser import load_denoiser
-from hswq.models.detect import Detection
+from hswq.models.denoiser import denoiser_config, load_denoiser
+from hswq.models.family import Detection
 from hswq.models.folders import (
     SHIPPED,
     configuration_folders,
-    denoiser_config,
     read_json,
     refusing,
 )
@@ -68,7 +67,7 @@ def build_pipeline(
         FormatError: the checkpoint's file is damaged.
     """
     loader = _ComponentLoader(checkpoint, pipeline_dir, dtype, device, allow_download)
-    config, _ = denoiser_config(checkpoint, pipeline_dir)
+    config, _ = denoiser_config(checkpoint, pipeline_dir, detection)
     parts: dict[str, Any] = dict.fromkeys(
         ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
     )

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from hswq.errors import InputError
 from hswq.formats.quantized import container_keys
 from hswq.formats.reader import Checkpoint
-from hswq.models.denoiser import meta_denoiser
-from hswq.models.detect import LDM_PREFIXES, V_PREDICTION_KEY, ZERO_SNR_KEY, Detection
-from hswq.models.folders import denoiser_config
+from hswq.models.denoiser import denoiser_config, meta_denoiser
+from hswq.models.families import FAMILIES
+from hswq.models.family import Detection, Family
 from hswq.models.map import ModelMap, ModuleSpec, Source
 from hswq.models.quiet import quiet_libraries
 
@@ -64,24 +64,25 @@ def trace_map(
         InputError: the configuration is missing or wrong, or the checkpoint does not fit it.
     """
     if config is None:
-        config, where = denoiser_config(checkpoint, pipeline_dir)
+        config, where = denoiser_config(checkpoint, pipeline_dir, detection)
     else:
         where = "of the module"
+    family = FAMILIES[detection.family]
     extra = container_keys(checkpoint)
     keys: list[tuple[str, Shape]] = []
     unmatched: list[str] = []
     for name, info in checkpoint.tensors.items():
         if not name.startswith(detection.prefix) or name in extra:
             continue
-        if info.numel == 0 or name in (V_PREDICTION_KEY, ZERO_SNR_KEY):
+        if info.numel == 0 or name.removeprefix(detection.prefix) in family.unused:
             unmatched.append(name)
         else:
             keys.append((name, info.shape))
     config_text = json.dumps(config, sort_keys=True)
-    trace = _trace(detection.layout, detection.prefix, config_text, tuple(keys))
+    trace = _trace(family.name, detection.layout, detection.prefix, config_text, tuple(keys))
     if trace.problems:
         raise InputError(
-            f"'{checkpoint.path}' does not fit the UNet configuration {where}: "
+            f"'{checkpoint.path}' does not fit the {family.title} configuration {where}: "
             f"{'; '.join(trace.problems)}. The file is damaged, or it is a model of another shape: "
             "then give the folder with its own configuration, --pipeline DIR."
         )
@@ -100,16 +101,16 @@ def trace_map(
 
 @lru_cache(maxsize=8)
 def _trace(
-    layout: str, prefix: str, config_text: str, keys: tuple[tuple[str, Shape], ...]
+    family: str, layout: str, prefix: str, config_text: str, keys: tuple[tuple[str, Shape], ...]
 ) -> _Trace:
-    unet = meta_denoiser(json.loads(config_text))
+    denoiser = meta_denoiser(json.loads(config_text), FAMILIES[family].class_name)
     shapes = dict(keys)
-    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
     try:
         found = (
             {name.removeprefix(prefix): (_whole(name, shape),) for name, shape in keys}
             if layout == "diffusers"
-            else _convert(keys, prefix, dict(unet.config))
+            else _convert(FAMILIES[family], keys, prefix, dict(denoiser.config))
         )
     except KeyError as error:
         # The converter looks some keys up without asking whether they are there.
@@ -120,7 +121,7 @@ def _trace(
         *_uncovered(sources, shapes),
         *_listed("parameters have no key", (name for name in expected if name not in found)),
     ]
-    return _Trace(_module_specs(unet), sources, tuple(problems))
+    return _Trace(_module_specs(denoiser), sources, tuple(problems))
 
 
 def _module_specs(denoiser: nn.Module) -> tuple[ModuleSpec, ...]:
@@ -146,31 +147,24 @@ def _whole(key: str, shape: Shape) -> Source:
 
 
 def _convert(
-    keys: Sequence[tuple[str, Shape]], prefix: str, config: dict[str, Any]
+    family: Family, keys: Sequence[tuple[str, Shape]], prefix: str, config: dict[str, Any]
 ) -> dict[str, tuple[Source, ...]]:
     """Run diffusers' converter on numbered rows and read off where they went.
 
     Raises:
         KeyError: the converter misses a key; the argument is its name without prefix.
     """
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
     # Neighbouring tensors leave one number out, so that a run of consecutive ones is one tensor's.
     counts = torch.tensor([_row_count(shape) + 1 for _, shape in keys])
     first_rows = torch.cumsum(counts, 0) - counts
-    # The converter wants the prefix of full checkpoints, whatever the file's own is.
     numbered = {
-        LDM_PREFIXES[0] + name.removeprefix(prefix): torch.arange(first, first + count - 1)
+        name.removeprefix(prefix): torch.arange(first, first + count - 1)
         for (name, _), first, count in zip(keys, first_rows.tolist(), counts.tolist(), strict=True)
     }
     with quiet_libraries():
-        converted = convert_ldm_unet_checkpoint(numbered, config)
+        converted = family.convert(numbered, config)
     names = [name for name, _ in keys]
-    return {
-        target: _read_off(numbers, first_rows, names)
-        for target, numbers in converted.items()
-        if numbers is not None
-    }
+    return {target: _read_off(numbers, first_rows, names) for target, numbers in converted.items()}
 
 
 def _read_off(numbers: Tensor, first_rows: Tensor, names: Sequence[str]) -> tuple[Source, ...]:

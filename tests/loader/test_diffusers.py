@@ -142,9 +142,9 @@ def test_transformer_goes_through_a_diffusers_folder(tmp_path: Path) -> None:
     assert torch.equal(again(**flux_inputs()).sample, flux(**flux_inputs()).sample)
 
 
-def test_file_without_a_transformers_configuration_is_refused(fp8_file: Path) -> None:
-    """A guessed class would fail far from the cause."""
-    with pytest.raises(InputError, match=r"no config\.json of a diffusers transformer.*load_unet"):
+def test_loader_of_the_other_kind_is_named(fp8_file: Path, tmp_path: Path) -> None:
+    """UNets and transformers are two attributes of a pipeline."""
+    with pytest.raises(InputError, match=r"\(sdxl\) is a UNet: load it with hswq\.load_unet"):
         hswq.load_transformer(fp8_file)
 
 

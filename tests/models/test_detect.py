@@ -35,6 +35,21 @@ DIFFUSERS = {
     "add_embedding.linear_1.weight": (1280, 2816),
     "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
 }
+# The same of transformers.
+FLUX = {
+    "double_blocks.0.img_attn.qkv.weight": (9216, 3072),
+    "img_in.weight": (3072, 64),
+}
+FLUX_DIFFUSERS = {
+    "x_embedder.weight": (3072, 64),
+    "context_embedder.weight": (3072, 4096),
+    "transformer_blocks.0.norm1.linear.weight": (18432, 3072),
+    "transformer_blocks.0.attn.add_q_proj.weight": (3072, 3072),
+    "single_transformer_blocks.0.attn.to_q.weight": (3072, 3072),
+    "single_transformer_blocks.0.proj_mlp.weight": (12288, 3072),
+}
+Z_IMAGE = {"layers.0.attention.qkv.weight": (11520, 3840), "cap_pad_token": (1, 3840)}
+Z_IMAGE_DIFFUSERS = {"all_x_embedder.2-1.weight": (3840, 64), "cap_pad_token": (1, 3840)}
 
 
 def prefixed(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -60,6 +75,24 @@ def test_sdxl_is_found_in_every_layout(tmp_path, shapes, layout, prefix):
 
 
 @pytest.mark.parametrize(
+    ("shapes", "family", "layout", "prefix"),
+    [
+        (FLUX, "flux", "ldm", ""),
+        (prefixed(FLUX), "flux", "ldm", LDM),
+        (FLUX_DIFFUSERS, "flux", "diffusers", ""),
+        (Z_IMAGE, "z-image", "ldm", ""),
+        (prefixed(Z_IMAGE), "z-image", "ldm", LDM),
+        (Z_IMAGE_DIFFUSERS, "z-image", "diffusers", ""),
+    ],
+)
+def test_transformers_are_found_in_every_layout(tmp_path, shapes, family, layout, prefix):
+    """They sample a flow, whatever a file of theirs says of noise."""
+    found = detect_header(tmp_path, shapes)
+    assert (found.family, found.layout, found.prefix) == (family, layout, prefix)
+    assert (found.prediction_type, found.zero_terminal_snr) == ("flow", False)
+
+
+@pytest.mark.parametrize(
     ("shapes", "words"),
     [
         (prefixed(SD1), "Stable Diffusion 1.x UNet"),
@@ -72,9 +105,13 @@ def test_sdxl_is_found_in_every_layout(tmp_path, shapes, layout, prefix):
         (prefixed(SDXL | NINE), "an SDXL inpainting"),
         (prefixed(SD1 | NINE), "a Stable Diffusion 1.x or 2.x inpainting"),
         (prefixed(SDXL) | {"edm_mean": (4,)}, "EDM"),
-        ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "Flux"),
+        (FLUX | {"img_in.weight": (3072, 384)}, "Flux.1 Fill"),
+        (prefixed(FLUX | {"img_in.weight": (3072, 128)}), "Flux.1 Canny or Depth"),
+        (FLUX | {"distilled_guidance_layer.in_proj.weight": (8, 8)}, "Chroma"),
+        (FLUX | {"double_stream_modulation_img.lin.weight": (8, 8)}, "Flux.2"),
         ({"single_transformer_blocks.0.attn.to_q.weight": (3072, 3072)}, "Flux"),
-        ({f"{LDM}cap_embedder.0.weight": (2560,), f"{LDM}noise_refiner.0.w": (8,)}, "Z-Image"),
+        ({f"{LDM}cap_embedder.0.weight": (2304,), f"{LDM}noise_refiner.0.w": (8,)}, "Lumina"),
+        (Z_IMAGE | {"siglip_pad_token": (1, 3840)}, "Z-Image Omni"),
         ({f"{LDM}joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "Stable Diffusion 3"),
         ({"lora_unet_down_blocks_0.lora_up.weight": (320, 4)}, "LoRA"),
         ({"unet.conv_in.lora_A.weight": (4, 320)}, "LoRA"),
