@@ -22,10 +22,13 @@ from hswq.formats.reader import Checkpoint
 from hswq.loader.modules import Conv2d, Linear, check_compute, fp8_layer
 from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
+from hswq.models.family import Family
 from hswq.models.map import Source
 
 Sources = dict[str, tuple[Source, ...]]
 _SHOWN = 10
+# E4M3 lies inside each of them.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_quantized(
@@ -44,6 +47,8 @@ def load_quantized(
     Files of all containers are read, those of other tools with a scale a weight or one a row too,
     with the module's own names, under any prefix; for diffusers' denoisers of the families that
     hswq knows also in the layout of single-file checkpoints, whose other components are left alone.
+    A layer whose weight's dtype diffusers' code asks for (Z-Image's first of the timestep) gets its
+    FP8 values in the dtype of its bias.
 
     Args:
         module: as it is built from its configuration, on any device; meta is best.
@@ -109,8 +114,9 @@ def _find_sources(module: nn.Module, checkpoint: Checkpoint) -> Sources:
         if key not in extra and info.numel
     }
     prefix = _prefix(expected, found)
-    if prefix + next(iter(expected)) not in found and _is_known(module):
-        # The names are not the module's own: the layout of single-file checkpoints.
+    has_all = all(prefix + name in found for name in expected)
+    if not has_all and _family(module) is not None and _is_single_file(checkpoint):
+        # The names are not the module's own but those of single-file checkpoints.
         from hswq.models.trace import trace_map
 
         config: Any = module.config
@@ -139,10 +145,19 @@ def _find_sources(module: nn.Module, checkpoint: Checkpoint) -> Sources:
     }
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Tell whether a module is a denoiser whose single-file names can be mapped."""
-    known = {family.class_name for family in FAMILIES.values()}
-    return any(kind.__name__ in known for kind in type(module).__mro__)
+def _family(module: nn.Module) -> Family | None:
+    """Return the family whose denoiser a module is, if hswq knows it."""
+    # By name: diffusers is not imported for modules that are not its own.
+    classes = {kind.__name__ for kind in type(module).__mro__}
+    return next((it for it in FAMILIES.values() if it.class_name in classes), None)
+
+
+def _is_single_file(checkpoint: Checkpoint) -> bool:
+    """Tell whether a file of a known family has the names of single-file checkpoints."""
+    try:
+        return detect(checkpoint).layout == "ldm"
+    except InputError:
+        return False
 
 
 def _prefix(expected: Iterable[str], found: Iterable[str]) -> str:
@@ -183,6 +198,8 @@ class _Filler:
         self._compute = compute
         self._device = device
         self._weights = quantized_weights(checkpoint)
+        family = _family(module)
+        self._never_fp8 = frozenset() if family is None else family.dtype_modules
 
     def check(self) -> None:
         """Refuse what `fill` cannot do, before anything of the module is changed.
@@ -244,7 +261,9 @@ class _Filler:
         return [
             (f"{path}.weight", path, part)
             for path, part in self._module.named_modules()
-            if isinstance(part, (nn.Linear, nn.Conv2d)) and f"{path}.weight" in self._sources
+            if isinstance(part, (nn.Linear, nn.Conv2d))
+            and f"{path}.weight" in self._sources
+            and path not in self._never_fp8
         ]
 
     def _is_fp8(self, key: str) -> bool:
@@ -303,10 +322,12 @@ class _Filler:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def _float_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype for FP8 values: that of the bias in the file, else of the module."""
         path, _, leaf = name.rpartition(".")
-        dtype = getattr(self._module.get_submodule(path), leaf).dtype
-        # E4M3 lies inside each of them.
-        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+        bias = self._sources.get(f"{path}.bias", ())
+        found = [self._checkpoint.tensors[part.key].torch_dtype for part in bias]
+        found.append(getattr(self._module.get_submodule(path), leaf).dtype)
+        return next((dtype for dtype in found if dtype in _FLOATS), torch.float32)
 
     def _place(self, tensor: Tensor) -> torch.device:
         if self._device is not None:

@@ -57,6 +57,8 @@ class Family:
         config: reads the denoiser's configuration off the shapes of a single file's keys, without
             prefix; None where hswq ships one.
         unused: keys, without prefix, that feed no parameter of diffusers' class.
+        dtype_modules: modules whose weight's dtype diffusers' class takes for that of its
+            activations, and which therefore cannot be FP8 in a module.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Family:
     convert: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     config: Callable[[Shapes], dict[str, Any]] | None = None
     unused: frozenset[str] = field(default=frozenset())
+    dtype_modules: frozenset[str] = field(default=frozenset())
 
     @property
     def title(self) -> str:

@@ -64,4 +64,5 @@ Z_IMAGE = Family(
     config=_config,
     # A norm that the model was trained without using.
     unused=frozenset({"norm_final.weight"}),
+    dtype_modules=frozenset({"t_embedder.mlp.0"}),
 )
