@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,13 +155,27 @@ class Calibration:
         nothing cancels. Means rounded to the fixed-point step can leave a constant output
         slightly below 0; S is 0 there.
         """
-        layer = self._layer(name)
-        if layer.calls == 0:
+        return self.joint_sensitivity({name: 1})
+
+    def joint_sensitivity(self, rows: Mapping[str, int]) -> float | None:
+        """Return S of the outputs of several layers taken as one, a fused weight's parts.
+
+        E[mean y] and E[mean y^2] are the means over the layers, weighted by their rows.
+
+        Args:
+            rows: number of outputs of each layer, by name.
+        Returns:
+            None if one of them has no counted call.
+        """
+        if any(self._layer(name).calls == 0 for name in rows):
             return None
-        mean, mean_square = (
-            fixed_to_fraction(total, _MEAN_BITS) / layer.calls
-            for total in (layer.mean_y, layer.mean_y2)
-        )
+        means = [Fraction(0), Fraction(0)]
+        for name, count in rows.items():
+            layer = self._layer(name)
+            weight = Fraction(count, sum(rows.values()) * layer.calls)
+            for place, total in enumerate((layer.mean_y, layer.mean_y2)):
+                means[place] += fixed_to_fraction(total, _MEAN_BITS) * weight
+        mean, mean_square = means
         return max(0.0, float(mean_square - mean**2))
 
     def input_max(self, name: str) -> float | None:

@@ -175,14 +175,15 @@ def list_candidates(
                 f"layer {unit.name!r} ({unit.key}) of {source.checkpoint.path} is {dtype}; only "
                 f"{', '.join(QUANTIZABLE_DTYPES)} can be quantized: convert it to one of them."
             )
-        module = unit.modules[0].name
+        # A fused weight is decided on as a whole: all outputs that its rows make.
+        rows = {module.name: module.shape[0] for module in unit.modules}
         candidates.append(
             Candidate(
                 name=unit.name,
                 aliases=tuple(module.name for module in unit.modules),
                 kind=unit.kind,
                 shape=unit.shape,
-                sensitivity=None if calibration is None else calibration.sensitivity(module),
+                sensitivity=None if calibration is None else calibration.joint_sensitivity(rows),
             )
         )
     return candidates

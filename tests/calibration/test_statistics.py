@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hswq.calibration import Calibration, LayerStatistics, is_statistics
+from hswq.calibration import Calibration, LayerStatistics, is_statistics, observe
 from hswq.errors import FormatError, InputError
 from hswq.formats.reader import Checkpoint
 
@@ -307,3 +307,29 @@ def test_damaged_model_map_is_refused_with_the_path(damage):
     path = damage(metadata={"hswq.model_map": "{"})
     with pytest.raises(FormatError, match=r"statistics\.safetensors: .*model map"):
         Calibration.load(path)
+
+
+def test_fused_layers_vary_as_one_output() -> None:
+    """q, k and v of one weight are kept or quantized together: their variance is that of all."""
+    torch.manual_seed(0)
+    fused = torch.nn.Linear(6, 12)
+    parts = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 4), "v": torch.nn.Linear(6, 8)})
+    with torch.no_grad():
+        for part, rows in ((parts["q"], slice(0, 4)), (parts["v"], slice(4, 12))):
+            part.weight.copy_(fused.weight[rows] * (1.0 if rows.start == 0 else 3.0))
+            part.bias.copy_(fused.bias[rows])
+        fused.weight[4:] *= 3.0
+        whole = torch.nn.ModuleDict({"qv": fused})
+        xs = [torch.randn(5, 6) for _ in range(3)]
+        with observe(parts) as apart:
+            for x in xs:
+                parts["q"](x), parts["v"](x)
+        with observe(whole) as together:
+            for x in xs:
+                fused(x)
+    found = apart.joint_sensitivity({"q": 4, "v": 8})
+    assert found == pytest.approx(together.sensitivity("qv"), rel=1e-5)
+    assert apart.joint_sensitivity({"q": 4}) == apart.sensitivity("q")
+    with observe(parts) as silent:
+        parts["q"](xs[0])
+    assert silent.joint_sensitivity({"q": 4, "v": 8}) is None
