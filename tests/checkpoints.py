@@ -17,6 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import make_checkpoint
+from benchmarks.make_transformer import flux_shapes, z_image_shapes
+
+__all__ = [
+    "flux_shapes",
+    "write_header_only",
+    "write_random",
+    "write_tiny_pipeline",
+    "write_tiny_sdxl",
+    "z_image_shapes",
+]
 
 UNET_PREFIX = "model.diffusion_model."
 
@@ -94,82 +104,6 @@ def write_header_only(
     return path
 
 
-def flux_shapes(
-    width: int = 64, head: int = 16, double: int = 1, single: int = 1, text: int = 32
-) -> dict[str, tuple[int, ...]]:
-    """Return the keys and shapes of a Flux.1-dev transformer in BFL's layout."""
-    linears = {
-        "img_in": (width, 64),
-        "txt_in": (width, text),
-        "final_layer.linear": (64, width),
-        "final_layer.adaLN_modulation.1": (2 * width, width),
-    }
-    for name, inputs in (("time_in", 256), ("vector_in", 24), ("guidance_in", 256)):
-        linears |= {f"{name}.in_layer": (width, inputs), f"{name}.out_layer": (width, width)}
-    scales = {}
-    for number in range(double):
-        for stream in ("img", "txt"):
-            block = f"double_blocks.{number}.{stream}_"
-            linears |= {
-                f"{block}mod.lin": (6 * width, width),
-                f"{block}attn.qkv": (3 * width, width),
-                f"{block}attn.proj": (width, width),
-                f"{block}mlp.0": (4 * width, width),
-                f"{block}mlp.2": (width, 4 * width),
-            }
-            for norm in ("query", "key"):
-                scales[f"{block}attn.norm.{norm}_norm.scale"] = (head,)
-    for number in range(single):
-        block = f"single_blocks.{number}."
-        linears |= {
-            f"{block}modulation.lin": (3 * width, width),
-            f"{block}linear1": (7 * width, width),
-            f"{block}linear2": (width, 5 * width),
-        }
-        for norm in ("query", "key"):
-            scales[f"{block}norm.{norm}_norm.scale"] = (head,)
-    return {**_with_biases(linears), **scales}
-
-
-def z_image_shapes(
-    width: int = 64, head: int = 16, layers: int = 2, refiners: int = 1, text: int = 32
-) -> dict[str, tuple[int, ...]]:
-    """Return the keys and shapes of a Z-Image transformer in ComfyUI's layout."""
-    embedding, hidden = min(width, 256), int(width / 3 * 8)
-    linears = {
-        "x_embedder": (width, 64),
-        "final_layer.linear": (64, width),
-        "final_layer.adaLN_modulation.1": (width, embedding),
-        "t_embedder.mlp.0": (1024, 256),
-        "t_embedder.mlp.2": (embedding, 1024),
-        "cap_embedder.1": (width, text),
-    }
-    others = {
-        "cap_embedder.0.weight": (text,),
-        "x_pad_token": (1, width),
-        "cap_pad_token": (1, width),
-        "norm_final.weight": (width,),
-    }
-    blocks = [(f"layers.{number}.", True) for number in range(layers)]
-    for number in range(refiners):
-        blocks += [(f"noise_refiner.{number}.", True), (f"context_refiner.{number}.", False)]
-    for block, modulated in blocks:
-        if modulated:
-            linears[f"{block}adaLN_modulation.0"] = (4 * width, embedding)
-        others |= {
-            f"{block}attention.qkv.weight": (3 * width, width),
-            f"{block}attention.out.weight": (width, width),
-            f"{block}attention.q_norm.weight": (head,),
-            f"{block}attention.k_norm.weight": (head,),
-            f"{block}feed_forward.w1.weight": (hidden, width),
-            f"{block}feed_forward.w2.weight": (width, hidden),
-            f"{block}feed_forward.w3.weight": (hidden, width),
-        }
-        for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-            others[f"{block}{norm}.weight"] = (width,)
-    return {**_with_biases(linears), **others}
-
-
 def write_random(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -186,8 +120,3 @@ def write_random(
     }
     save_file(tensors, path)
     return path
-
-
-def _with_biases(linears: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    weights = {f"{name}.weight": shape for name, shape in linears.items()}
-    return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
