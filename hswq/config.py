@@ -195,6 +195,13 @@ class QuantizeConfig(CalibrationConfig):
         metavar="REGEX",
         group="plan",
     )
+    keep_preset: str = option(
+        "none",
+        "named list of layers to leave 16-bit besides, unless --quantize names them; peers: those "
+        "that other quantizers of this family leave alone",
+        choices=("none", "peers"),
+        group="plan",
+    )
     sensitivity: str = option(
         "variance", "how layers are ranked", choices=("variance",), group="plan"
     )

@@ -26,11 +26,13 @@ from hswq.formats.containers import (
 from hswq.formats.e4m3 import E4M3_MAX
 from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.models.families import FAMILIES
 from hswq.models.map import ModelMap, Unit
 from hswq.plan import (
     Candidate,
     LayerPlan,
     Plan,
+    keep_preset,
     plan_options,
     select_layers,
     static_input_scale,
@@ -201,7 +203,8 @@ def smallest_output_bytes(source: Source, config: QuantizeConfig, model_map: Mod
     candidates = [
         replace(layer, sensitivity=0.0) for layer in list_candidates(source, model_map, None)
     ]
-    layers = select_layers(candidates, replace(config, keep_ratio=0.0))
+    preset = keep_preset(FAMILIES[model_map.family], config)
+    layers = select_layers(candidates, replace(config, keep_ratio=0.0), preset)
     fp8 = {
         unit.key for unit, layer in zip(model_map.units(), layers, strict=True) if layer.quantized
     }
@@ -217,7 +220,8 @@ def make_job(
 ) -> Job:
     units = {unit.key: unit for unit in model_map.units()}
     candidates = list_candidates(source, model_map, calibration)
-    layers = dict(zip(units, select_layers(candidates, config), strict=True))
+    preset = keep_preset(FAMILIES[model_map.family], config)
+    layers = dict(zip(units, select_layers(candidates, config, preset), strict=True))
     job = Job(source, calibration, config, units, layers, (), 0, device)
     fp8 = {layer.key for layer in job.quantized_layers}
     specs = _model_specs(source, fp8)

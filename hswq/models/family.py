@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ class Family:
         unused: keys, without prefix, that feed no parameter of diffusers' class.
         dtype_modules: modules whose weight's dtype diffusers' class takes for that of its
             activations, and which therefore cannot be FP8 in a module.
+        keep_presets: regular expressions of module names that a preset leaves 16-bit, by its name.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Family:
     config: Callable[[Shapes], dict[str, Any]] | None = None
     unused: frozenset[str] = field(default=frozenset())
     dtype_modules: frozenset[str] = field(default=frozenset())
+    keep_presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

@@ -6,6 +6,9 @@ from torch import nn
 
 from hswq.calibration import Calibration
 from hswq.config import QuantizeConfig
+from hswq.errors import PlanError
+from hswq.models.families import FAMILIES
+from hswq.models.family import Family
 from hswq.plan.plan import Plan
 from hswq.plan.select import Candidate, select_layers
 from hswq.search import Layer, search_layers
@@ -27,8 +30,31 @@ def plan_options(config: QuantizeConfig) -> dict[str, object]:
         "candidates": candidates,
         "refinements": refinements,
         # Absent otherwise, as in the files of earlier releases.
+        **({} if config.keep_preset == "none" else {"keep_preset": config.keep_preset}),
         **({"activations": "fp8"} if config.activations == "fp8" else {}),
     }
+
+
+def keep_preset(family: Family | None, config: QuantizeConfig) -> tuple[str, ...]:
+    """Return the patterns of `config.keep_preset` for a family.
+
+    Raises:
+        PlanError: a preset is asked for, and the family is unknown or has none of this name.
+    """
+    if config.keep_preset == "none":
+        return ()
+    if family is None or config.keep_preset not in family.keep_presets:
+        raise PlanError(
+            f"there is no --keep-preset {config.keep_preset} for this model: name the layers with "
+            "--keep."
+        )
+    return family.keep_presets[config.keep_preset]
+
+
+def _preset(module: nn.Module, config: QuantizeConfig) -> tuple[str, ...]:
+    classes = {kind.__name__ for kind in type(module).__mro__}
+    family = next((it for it in FAMILIES.values() if it.class_name in classes), None)
+    return keep_preset(family, config)
 
 
 def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfig) -> Plan:
@@ -60,7 +86,7 @@ def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfi
         for name, part in modules.items()
     ]
     bins, thresholds, refinements = config.search_settings
-    selected = select_layers(candidates, config)
+    selected = select_layers(candidates, config, _preset(module, config))
     wanted = [layer for layer in selected if layer.quantized]
     found = search_layers(
         (

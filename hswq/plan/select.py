@@ -35,16 +35,19 @@ class Candidate:
         return any(pattern.search(name) for name in (self.name, *self.aliases))
 
 
-def select_layers(candidates: Sequence[Candidate], config: QuantizeConfig) -> tuple[LayerPlan, ...]:
+def select_layers(
+    candidates: Sequence[Candidate], config: QuantizeConfig, preset: Sequence[str] = ()
+) -> tuple[LayerPlan, ...]:
     """Decide for each layer whether it is quantized.
 
     The int(N * keep_ratio) layers of largest output variance are kept (ties by name); a layer the
-    container cannot hold, or whose sensitivity is unknown, is kept besides. `--quantize` and
-    `--keep` overrule the ranking, `--keep` last.
+    container cannot hold, whose sensitivity is unknown, or which a preset names, is kept besides.
+    `--quantize` and `--keep` overrule the ranking and the preset, `--keep` last.
 
     Args:
         candidates: every Linear and Conv2d of the denoiser, in the order of the model.
-        config: keep_ratio, keep, quantize, container, conv and scaled are read.
+        config: keep_ratio, keep, keep_preset, quantize, container, conv and scaled are read.
+        preset: the patterns of config.keep_preset; they need not match any layer.
     Returns:
         One decision a layer, in the order given, without amax.
     Raises:
@@ -58,6 +61,8 @@ def select_layers(candidates: Sequence[Candidate], config: QuantizeConfig) -> tu
     most_sensitive = {layer.name for layer in ranked[:budget]}
     keep = _matched(candidates, config.keep, "--keep")
     quantize = _matched(candidates, config.quantize, "--quantize")
+    patterns = [re.compile(text) for text in preset]
+    in_preset = {it.name for it in candidates if any(it.matches(each) for each in patterns)}
     plans = []
     for layer in candidates:
         obstacle = _obstacle(layer.kind, config)
@@ -70,6 +75,8 @@ def select_layers(candidates: Sequence[Candidate], config: QuantizeConfig) -> tu
                     "choose another container, or drop the pattern."
                 )
             quantized, reason = True, "--quantize"
+        elif layer.name in in_preset:
+            quantized, reason = False, f"--keep-preset {config.keep_preset}"
         elif obstacle:
             quantized, reason = False, obstacle
         elif layer.sensitivity is None:

@@ -269,3 +269,15 @@ def test_progress_moves_with_every_tensor(tiny: Tiny, tmp_path: Path) -> None:
     steps = [after - before for before, after in pairwise([0, *(done for done, _ in seen)])]
     assert sorted(steps) == sorted(sizes)
     assert {total for _, total in seen} == {sum(sizes)}
+
+
+def test_peers_preset_keeps_sdxls_embeddings_and_ends(tiny: Tiny, tmp_path: Path) -> None:
+    """Named by the modules' names, whatever the file's own are."""
+    config = tiny.config(keep_ratio=0.0, keep_preset="peers")
+    report = hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "out.safetensors", config)
+    kept = {layer.name for layer in report.plan.kept}
+    assert {"time_embed.0", "label_emb.0.2", "input_blocks.0.0", "out.2"} <= kept
+    assert any(name.endswith("emb_layers.1") for name in kept)
+    assert any(name.endswith("skip_connection") for name in kept)
+    assert not any("attn" in name for name in kept)
+    assert report.plan.options["keep_preset"] == "peers"

@@ -232,6 +232,34 @@ def test_fp8_transformer_computes_what_its_dequantized_one_does(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        (
+            "flux",
+            {
+                *("img_in", "txt_in", "final_layer.adaLN_modulation.1"),
+                *(
+                    f"{part}_in.{layer}_layer"
+                    for part in ("time", "vector", "guidance")
+                    for layer in ("in", "out")
+                ),
+            },
+        ),
+        ("z-image", {"t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"}),
+    ],
+)
+def test_peers_preset_names_layers_of_the_family(
+    family: str, names: set[str], tmp_path: Path
+) -> None:
+    """A preset whose names match nothing protects nothing."""
+    path = write_random(tmp_path / "x.safetensors", SHAPES[family](), prefix=PREFIX)
+    config = hswq.QuantizeConfig(keep_ratio=0.0, keep_preset="peers")
+    output = tmp_path / "out.safetensors"
+    report = hswq.quantize_checkpoint(path, output, config, observed(family, path))
+    assert {layer.name for layer in report.plan.kept} == names
+
+
 def test_calibration_by_hswq_itself_is_refused_with_the_way_out(tmp_path: Path) -> None:
     """Who types `quantize` on Flux must be told what to do instead."""
     path = write_random(tmp_path / "x.safetensors", flux_shapes())

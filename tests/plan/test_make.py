@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hswq
-from hswq.errors import InputError
+from hswq.errors import InputError, PlanError
 
 
 def small_model() -> nn.Module:
@@ -43,3 +43,13 @@ def test_plan_needs_statistics_of_the_same_module() -> None:
     """Statistics of another model would rank layers that are not there."""
     with pytest.raises(InputError):
         hswq.make_plan(small_model(), hswq.Calibration(), hswq.QuantizeConfig())
+
+
+def test_preset_of_an_unknown_module_is_refused() -> None:
+    """A preset that protects nothing must not pass for one that does."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    with hswq.observe(model) as calibration, torch.no_grad():
+        model(torch.randn(2, 4))
+    config = hswq.QuantizeConfig(keep_preset="peers")
+    with pytest.raises(PlanError, match=r"no --keep-preset peers for this model.*--keep"):
+        hswq.make_plan(model, calibration, config)

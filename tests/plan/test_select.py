@@ -57,6 +57,14 @@ def test_keep_and_quantize_overrule_the_ranking_and_keep_wins() -> None:
     assert kept(select_layers(LAYERS, config)) == {"l0", "l9"}
 
 
+def test_preset_keeps_besides_the_budget_and_can_be_overruled() -> None:
+    """A preset is what peers leave alone: a start, not a rule."""
+    config = QuantizeConfig(keep_ratio=0.1, keep_preset="peers", quantize=("^l1$",))
+    plans = select_layers(LAYERS, config, (r"^module\.l[12]$", "no such layer"))
+    assert kept(plans) == {"l9", "l2"}
+    assert plans[2].reason == "--keep-preset peers"
+
+
 def test_patterns_match_module_names_too() -> None:
     """Users know diffusers' names as well as the checkpoint's."""
     assert "l3" in kept(select_layers(LAYERS, QuantizeConfig(keep=(r"module\.l3",))))

@@ -97,4 +97,6 @@ FLUX = Family(
     recognize=_recognize,
     convert=_convert,
     config=_config,
+    # What the diffusers examples of NVIDIA's Model Optimizer exclude.
+    keep_presets={"peers": (r"^(time_text_embed|context_embedder|x_embedder|norm_out)\.?",)},
 )

@@ -127,4 +127,12 @@ SDXL = Family(
     recognize=_recognize,
     convert=_convert,
     unused=frozenset({V_PREDICTION_KEY, ZERO_SNR_KEY}),
+    # What the diffusers examples of NVIDIA's Model Optimizer exclude.
+    keep_presets={
+        "peers": (
+            r"(^|\.)(time_emb_proj|conv_shortcut)$",
+            r"^(time_embedding|add_embedding)\.",
+            r"^conv_(in|out)$",
+        )
+    },
 )

@@ -65,4 +65,6 @@ Z_IMAGE = Family(
     # A norm that the model was trained without using.
     unused=frozenset({"norm_final.weight"}),
     dtype_modules=frozenset({"t_embedder.mlp.0"}),
+    # What diffusers' layerwise casting skips.
+    keep_presets={"peers": (r"^(t_embedder|cap_embedder)\.",)},
 )
