@@ -1,11 +1,11 @@
-"""Random Flux.1-dev and Z-Image checkpoints, small or of full size, and statistics for them.
+"""Random checkpoints of transformers, small or of full size, and statistics for them.
 
     python -m benchmarks.make_transformer flux flux.safetensors --stats flux.stats.safetensors
 
-Flux has 11.9 G weights in 504 Linears (24 GB), Z-Image 6.15 G in 276 (12.3 GB), bfloat16, in the
-layout of single files, with ComfyUI's prefix. The weights repeat one run of normal numbers; the
-statistics are random and say that they belong to the file: what is measured with them is time and
-memory.
+Flux has 11.9 G weights in 504 Linears (24 GB), Z-Image 6.15 G in 276 (12.3 GB), Qwen-Image 20.4 G
+in 846 (41 GB), all bfloat16 in the layout of single files, with ComfyUI's prefix. The weights repeat
+one run of normal numbers; the statistics are random and say that they belong to the file: what is
+measured with them is time and memory.
 """
 
 from __future__ import annotations
@@ -109,6 +109,35 @@ def z_image_shapes(
     return {**_with_biases(linears), **others}
 
 
+def qwen_image_shapes(
+    width: int = 64, head: int = 16, layers: int = 2, text: int = 32
+) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes of a Qwen-Image transformer."""
+    linears = {
+        "time_text_embed.timestep_embedder.linear_1": (width, 256),
+        "time_text_embed.timestep_embedder.linear_2": (width, width),
+        "img_in": (width, 64),
+        "txt_in": (width, text),
+        "norm_out.linear": (2 * width, width),
+        "proj_out": (64, width),
+    }
+    norms = {"txt_norm.weight": (text,)}
+    for number in range(layers):
+        block = f"transformer_blocks.{number}."
+        for stream in ("img", "txt"):
+            linears |= {
+                f"{block}{stream}_mod.1": (6 * width, width),
+                f"{block}{stream}_mlp.net.0.proj": (4 * width, width),
+                f"{block}{stream}_mlp.net.2": (width, 4 * width),
+            }
+        names = ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")
+        names += tuple(f"add_{part}_proj" for part in "qkv")
+        linears |= {f"{block}attn.{name}": (width, width) for name in names}
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            norms[f"{block}attn.{name}.weight"] = (head,)
+    return {**_with_biases(linears), **norms}
+
+
 def _with_biases(linears: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     weights = {f"{name}.weight": shape for name, shape in linears.items()}
     return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
@@ -117,6 +146,7 @@ def _with_biases(linears: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 FULL_SIZE = {
     "flux": lambda: flux_shapes(3072, 128, 19, 38, 4096, 768),
     "z-image": lambda: z_image_shapes(3840, 128, 30, 2, 2560),
+    "qwen-image": lambda: qwen_image_shapes(3072, 128, 60, 3584),
 }
 
 

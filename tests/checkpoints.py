@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import make_checkpoint
-from benchmarks.make_transformer import flux_shapes, z_image_shapes
+from benchmarks.make_transformer import flux_shapes, qwen_image_shapes, z_image_shapes
 
 __all__ = [
     "flux_shapes",
+    "qwen_image_shapes",
     "write_header_only",
     "write_random",
     "write_tiny_pipeline",

@@ -16,9 +16,9 @@ LDM_PREFIXES = ("model.diffusion_model.", "")
 Shapes = dict[str, tuple[int, ...]]
 
 _SUPPORTED = (
-    "Supported are SDXL base, Flux.1 (dev and schnell) and Z-Image checkpoints and their "
-    "fine-tunes: single files, denoiser-only files with or without 'model.diffusion_model.', "
-    "sharded files and diffusers folders."
+    "Supported are SDXL base, Flux.1 (dev and schnell), Z-Image and Qwen-Image checkpoints and "
+    "their fine-tunes: single files, denoiser-only files with or without "
+    "'model.diffusion_model.', sharded files and diffusers folders."
 )
 
 
@@ -27,7 +27,7 @@ class Detection:
     """What `detect` found.
 
     Attributes:
-        family: 'sdxl', 'flux' or 'z-image'.
+        family: 'sdxl', 'flux', 'z-image' or 'qwen-image'.
         layout: 'ldm' (the family's single-file names: input_blocks…, double_blocks…) or
             'diffusers' (down_blocks…, transformer_blocks…).
         prefix: what the denoiser's keys start with; may be empty.

@@ -49,6 +49,10 @@ FLUX_DIFFUSERS = {
     "single_transformer_blocks.0.proj_mlp.weight": (12288, 3072),
 }
 Z_IMAGE = {"layers.0.attention.qkv.weight": (11520, 3840), "cap_pad_token": (1, 3840)}
+QWEN_IMAGE = {
+    "txt_norm.weight": (3584,),
+    "transformer_blocks.0.img_mod.1.weight": (18432, 3072),
+}
 Z_IMAGE_DIFFUSERS = {"all_x_embedder.2-1.weight": (3840, 64), "cap_pad_token": (1, 3840)}
 
 
@@ -83,6 +87,8 @@ def test_sdxl_is_found_in_every_layout(tmp_path, shapes, layout, prefix):
         (Z_IMAGE, "z-image", "ldm", ""),
         (prefixed(Z_IMAGE), "z-image", "ldm", LDM),
         (Z_IMAGE_DIFFUSERS, "z-image", "diffusers", ""),
+        (QWEN_IMAGE, "qwen-image", "ldm", ""),
+        (prefixed(QWEN_IMAGE), "qwen-image", "ldm", LDM),
     ],
 )
 def test_transformers_are_found_in_every_layout(tmp_path, shapes, family, layout, prefix):

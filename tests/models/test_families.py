@@ -1,4 +1,4 @@
-"""Flux.1 and Z-Image: the traced map against diffusers' own loader, on files of every layout."""
+"""Transformers: the traced map against diffusers' own loader, on files of every layout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from hswq.models.denoiser import denoiser_config, load_denoiser
 from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
 from hswq.models.trace import trace_map
-from tests.checkpoints import flux_shapes, write_header_only, write_random, z_image_shapes
+from tests.checkpoints import (
+    flux_shapes,
+    qwen_image_shapes,
+    write_header_only,
+    write_random,
+    z_image_shapes,
+)
 
 PREFIX = "model.diffusion_model."
-SHAPES = {"flux": flux_shapes, "z-image": z_image_shapes}
+SHAPES = {"flux": flux_shapes, "z-image": z_image_shapes, "qwen-image": qwen_image_shapes}
 
 
 def traced(path: Path) -> Any:
@@ -58,6 +64,8 @@ def by_hand(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 "double_blocks.0.img_attn.norm.query_norm.scale"
             ],
         }
+    if name == "qwen-image":
+        return tensors
     qkv = tensors["layers.1.attention.qkv.weight"].chunk(3)
     return {
         "layers.1.attention.to_q.weight": qkv[0],
@@ -109,8 +117,9 @@ def test_map_agrees_with_diffusers_own_loader(family: str, tmp_path: Path) -> No
     [
         (flux_shapes(3072, 128, 19, 38, 4096), 504, 76),
         (z_image_shapes(3840, 128, 30, 2, 2560), 276, 34),
+        (qwen_image_shapes(3072, 128, 60, 3584), 846, 0),
     ],
-    ids=["flux", "z-image"],
+    ids=["flux", "z-image", "qwen-image"],
 )
 def test_full_size_models_are_mapped(
     shapes: dict[str, tuple[int, ...]], modules: int, fused: int, tmp_path: Path
@@ -127,7 +136,11 @@ def test_full_size_models_are_mapped(
 def test_file_that_lacks_a_block_is_refused(family: str, tmp_path: Path) -> None:
     """A part of a model must not pass for a smaller one."""
     shapes = SHAPES[family]()
-    start = "double_blocks.0.img_mlp." if family == "flux" else "layers.0.feed_forward."
+    start = {
+        "flux": "double_blocks.0.img_mlp.",
+        "z-image": "layers.0.feed_forward.",
+        "qwen-image": "transformer_blocks.0.img_mlp.",
+    }[family]
     part = {name: shape for name, shape in shapes.items() if not name.startswith(start)}
     path = write_header_only(tmp_path / "x.safetensors", part)
     with pytest.raises(InputError, match=r"does not fit the transformer configuration"):
@@ -212,6 +225,13 @@ INPUTS: dict[str, dict[str, Any]] = {
         "t": torch.tensor([0.5]),
         "cap_feats": [torch.randn(5, 32)],
     },
+    "qwen-image": {
+        "hidden_states": torch.randn(1, 16, 64),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "encoder_hidden_states_mask": torch.ones(1, 8, dtype=torch.bool),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [(1, 4, 4)],
+    },
 }
 
 
@@ -247,6 +267,13 @@ def test_fp8_transformer_computes_what_its_dequantized_one_does(
             },
         ),
         ("z-image", {"t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"}),
+        (
+            "qwen-image",
+            {
+                *(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+                "norm_out.linear",
+            },
+        ),
     ],
 )
 def test_peers_preset_names_layers_of_the_family(
