@@ -3,9 +3,9 @@
     python -m benchmarks.make_transformer flux flux.safetensors --stats flux.stats.safetensors
 
 Flux has 11.9 G weights in 504 Linears (24 GB), Z-Image 6.15 G in 276 (12.3 GB), Qwen-Image 20.4 G
-in 846 (41 GB), all bfloat16 in the layout of single files, with ComfyUI's prefix. The weights repeat
-one run of normal numbers; the statistics are random and say that they belong to the file: what is
-measured with them is time and memory.
+in 846 (41 GB), all bfloat16 in the layout of single files, with ComfyUI's prefix. The weights
+repeat one run of normal numbers; the statistics are random and say that they belong to the file:
+what is measured with them is time and memory.
 """
 
 from __future__ import annotations
