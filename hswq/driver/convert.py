@@ -248,24 +248,25 @@ def _layer(checkpoint: Checkpoint, weight: QuantizedWeight, container: str) -> _
     scale = read_scale(checkpoint, weight.base)
     input_scale = read_input_scale(checkpoint, weight.base)
     is_one = bool((scale == 1.0).all())
+    scalable = bool(kind) and can_scale(container, kind)
     lacks = []
     # A norm in FP8 passes as it is; no container has scales for it.
     held = bool(kind) and can_quantize(container, kind, scaled=container == "legacy")
     if kind and not held:
         lacks.append(f"FP8 weights of {kind}")
-    elif not is_one and not (kind and can_scale(container, kind)):
+    elif not is_one and not scalable:
         lacks.append(f"scales of {kind or 'other weights'}")
     elif scale.dim() and not is_one and container != "hswq":
         lacks.append("scales of rows")
     codes_stay = not lacks
-    if input_scale is not None and (not held or container in ("plain", "legacy")):
+    if input_scale is not None and (container == "legacy" or not scalable):
         lacks.append("input scales")
         input_scale = None
     layer = QuantizedLayer(
         weight.weight_key,
         kind,
         shape,
-        scaled=bool(kind) and can_scale(container, kind),
+        scaled=scalable,
         per_row=scale.dim() > 0 and container == "hswq",
         static_input=input_scale is not None,
     )

@@ -190,6 +190,21 @@ def test_input_scales_are_carried_or_named(tmp_path: Path) -> None:
             hswq.convert_checkpoint(source, output, container)
 
 
+def test_input_scale_of_a_convolution_goes_only_where_it_is_read(tmp_path: Path) -> None:
+    """ComfyUI does not know the key: it has no scaled convolution."""
+    tensors = {
+        "a.weight": torch.ones(4, 3, 1, 1).to(torch.float8_e4m3fn),
+        "a.scale": torch.ones(1),
+        "a.input_scale": torch.tensor(0.125),
+    }
+    source, output = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(InputError, match=r"input scales \(it has 1: a\)"):
+        hswq.convert_checkpoint(source, output, "comfy")
+    assert hswq.convert_checkpoint(source, output, "comfy", requantize=True).requantized == {}
+    assert load_file(output).keys() == {"a.weight"}
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(("scaled", "container"), SOURCES)
 def test_dequantized_file_holds_code_times_scale(
