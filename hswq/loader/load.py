@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,8 +118,7 @@ def _find_sources(module: nn.Module, checkpoint: Checkpoint) -> Sources:
         # The names are not the module's own but those of single-file checkpoints.
         from hswq.models.trace import trace_map
 
-        config: Any = module.config
-        return trace_map(checkpoint, detect(checkpoint), config=dict(config)).sources
+        return trace_map(checkpoint, detect(checkpoint), denoiser=module).sources
     ours = {key.removeprefix(prefix) for key in found if key.startswith(prefix)}
     problems = [
         *_listed("missing", (prefix + name for name in expected if name not in ours)),

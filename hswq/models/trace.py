@@ -45,7 +45,7 @@ def trace_map(
     checkpoint: Checkpoint,
     detection: Detection,
     pipeline_dir: Path | None = None,
-    config: dict[str, Any] | None = None,
+    denoiser: nn.Module | None = None,
 ) -> ModelMap:
     """Trace which rows of which checkpoint tensor feed which parameter of the denoiser.
 
@@ -57,16 +57,12 @@ def trace_map(
         detection: what `detect` said of it.
         pipeline_dir: diffusers folder whose unet/config.json describes the denoiser; None: the
             configuration beside a diffusers component, else SDXL base's.
-        config: the denoiser's configuration itself, which goes before all others.
+        denoiser: the module itself, where there is one; it brings its configuration.
     Returns:
         The map, checked.
     Raises:
         InputError: the configuration is missing or wrong, or the checkpoint does not fit it.
     """
-    if config is None:
-        config, where = denoiser_config(checkpoint, pipeline_dir, detection)
-    else:
-        where = "of the module"
     family = FAMILIES[detection.family]
     extra = container_keys(checkpoint)
     keys: list[tuple[str, Shape]] = []
@@ -78,8 +74,13 @@ def trace_map(
             unmatched.append(name)
         else:
             keys.append((name, info.shape))
-    config_text = json.dumps(config, sort_keys=True)
-    trace = _trace(family.name, detection.layout, detection.prefix, config_text, tuple(keys))
+    if denoiser is None:
+        config, where = denoiser_config(checkpoint, pipeline_dir, detection)
+        text = json.dumps(config, sort_keys=True)
+        trace = _trace(family.name, detection.layout, detection.prefix, text, tuple(keys))
+    else:
+        where = "of the module"
+        trace = _trace_into(denoiser, family, detection.layout, detection.prefix, keys)
     if trace.problems:
         raise InputError(
             f"'{checkpoint.path}' does not fit the {family.title} configuration {where}: "
@@ -104,13 +105,19 @@ def _trace(
     family: str, layout: str, prefix: str, config_text: str, keys: tuple[tuple[str, Shape], ...]
 ) -> _Trace:
     denoiser = meta_denoiser(json.loads(config_text), FAMILIES[family].class_name)
+    return _trace_into(denoiser, FAMILIES[family], layout, prefix, keys)
+
+
+def _trace_into(
+    denoiser: Any, family: Family, layout: str, prefix: str, keys: Sequence[tuple[str, Shape]]
+) -> _Trace:
     shapes = dict(keys)
-    expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    expected = _expected(denoiser)
     try:
         found = (
             {name.removeprefix(prefix): (_whole(name, shape),) for name, shape in keys}
             if layout == "diffusers"
-            else _convert(FAMILIES[family], keys, prefix, dict(denoiser.config))
+            else _convert(family, keys, prefix, dict(denoiser.config))
         )
     except KeyError as error:
         # The converter looks some keys up without asking whether they are there.
@@ -122,6 +129,18 @@ def _trace(
         *_listed("parameters have no key", (name for name in expected if name not in found)),
     ]
     return _Trace(_module_specs(denoiser), sources, tuple(problems))
+
+
+def _expected(denoiser: nn.Module) -> dict[str, Shape]:
+    """Return names and shapes of the state dict, without the scales of layers that are FP8."""
+    scales = {
+        f"{name}.{leaf}"
+        for name, module in denoiser.named_modules()
+        if getattr(getattr(module, "weight", None), "dtype", None) == torch.float8_e4m3fn
+        for leaf in ("scale", "input_scale")
+    }
+    state = denoiser.state_dict().items()
+    return {name: tuple(tensor.shape) for name, tensor in state if name not in scales}
 
 
 def _module_specs(denoiser: nn.Module) -> tuple[ModuleSpec, ...]:

@@ -122,6 +122,25 @@ def test_every_container_loads_as_it_was_written(
     assert {part.weight.dtype for part in kept} == {torch.float16}
 
 
+def test_loaded_module_takes_another_file(tiny: Tiny, tmp_path: Path) -> None:
+    """Programs switch checkpoints without building the model anew."""
+    found = []
+    for seed in (0, 1):
+        source = write_tiny_sdxl(tmp_path / f"{seed}.safetensors", seed=seed)
+        path = tmp_path / f"fp8-{seed}.safetensors"
+        calibration = tiny.calibration
+        calibration.fingerprint = None
+        config = hswq.QuantizeConfig(
+            scaled=True, container="hswq", keep_ratio=0.0, pipeline=str(tiny.pipeline)
+        )
+        hswq.quantize_checkpoint(source, path, config, calibration)
+        found.append(path)
+    first, second = (hswq.load_quantized(tiny_unet(tiny), path) for path in found)
+    again = hswq.load_quantized(first, found[1]).state_dict()
+    for name, value in second.state_dict().items():
+        assert torch.equal(raw(again[name]), raw(value)), name
+
+
 def test_diffusers_layout_loads_with_its_own_names(tiny: Tiny, tmp_path: Path) -> None:
     """A folder's UNet and the single file of the same weights give the same module."""
     folder = write_tiny_sdxl(tmp_path / "folder", layout="diffusers")
