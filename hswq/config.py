@@ -74,20 +74,22 @@ class CalibrationConfig:
     samples: int = option(
         32, "prompts to sample", minimum=1, aliases=("--num_calib_samples",), group=SAMPLING
     )
-    steps: int = option(
-        25,
-        "sampler steps a prompt",
+    steps: int | None = option(
+        None,
+        "sampler steps a prompt (default: SDXL 25, Flux.1-dev 28, schnell 4, Z-Image Turbo 8, "
+        "Qwen-Image 50)",
         minimum=1,
         maximum=1000,
         aliases=("--num_inference_steps",),
         group=SAMPLING,
     )
     latent: int = option(
-        128, "edge of the square latent (SDXL: 128 is 1024 pixels)", minimum=4, group=SAMPLING
+        128, "edge of the square latent (128 is 1024 pixels)", minimum=4, group=SAMPLING
     )
-    guidance: float = option(
-        5.0,
-        "classifier-free guidance scale; at most 1 runs without it",
+    guidance: float | None = option(
+        None,
+        "guidance scale (default: SDXL 5, Flux.1-dev 3.5, Z-Image Turbo 0, Qwen-Image 4); "
+        "classifier-free guidance is off at 1 and below, in Z-Image's own scale at 0",
         minimum=0.0,
         group=SAMPLING,
     )
@@ -117,6 +119,13 @@ class CalibrationConfig:
         "them, the text encoders",
         metavar="DIR",
         group="calibration",
+    )
+    text_encoder: tuple[str, ...] = option(
+        (),
+        "file of one text encoder, in the names of transformers, as ComfyUI has them; may be "
+        "repeated",
+        metavar="FILE",
+        group=SAMPLING,
     )
     allow_download: bool = option(
         False, "let missing components be fetched from the model hub", group=SAMPLING
@@ -151,6 +160,15 @@ class CalibrationConfig:
                 _check_range(spec.name, value, spec.metadata)
         if self.embeddings is not None and self.calib_file is not None:
             raise OptionError("--embeddings and --calib-file exclude each other: give one of them.")
+        if self.embeddings is not None and self.text_encoder:
+            raise OptionError(
+                "--embeddings and --text-encoder exclude each other: with embeddings no text "
+                "encoder is loaded. Give one of them."
+            )
+        if isinstance(self.text_encoder, str):
+            raise OptionError(
+                f"--text-encoder is the text {self.text_encoder!r}; a tuple of texts is needed."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def test_conversion_with_given_statistics_loads_only_torch(tiny: Tiny, tmp_path:
     arguments = ["quantize", "--input", str(tiny.checkpoint), "--stats", str(tiny.stats)]
     arguments += ["--output", str(tmp_path / "out.safetensors"), "--quiet"]
     heavy = {"diffusers", "transformers", "triton", "safetensors", "accelerate"}
-    unused = {"hswq.models.sdxl", "hswq.models.trace"}
+    unused = {"hswq.models.pipeline", "hswq.models.trace"}
     code = (
         f"import sys\nfrom hswq.fast.__main__ import main\nassert main({arguments!r}) == 0\n"
         f"print({heavy | unused!r} & set(sys.modules))"

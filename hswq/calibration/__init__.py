@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from hswq.calibration.observer import observe
-from hswq.calibration.prompts import (
+from hswq.calibration.embeddings import (
     Embeddings,
+    check_embeddings,
+    encode_prompts,
     load_embeddings,
-    load_prompts,
-    prompts_hash,
     save_embeddings,
 )
-from hswq.calibration.run import run_calibration
+from hswq.calibration.observer import observe
+from hswq.calibration.prompts import load_prompts, prompts_hash
+from hswq.calibration.run import run_calibration, sampling_settings
 from hswq.calibration.statistics import Calibration, LayerStatistics, is_statistics
 
 __all__ = [
     "Calibration",
     "Embeddings",
     "LayerStatistics",
+    "check_embeddings",
+    "encode_prompts",
     "is_statistics",
     "load_embeddings",
     "load_prompts",
     "observe",
     "prompts_hash",
     "run_calibration",
+    "sampling_settings",
     "save_embeddings",
 ]

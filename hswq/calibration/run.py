@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from hswq.calibration.embeddings import Embeddings, check_embeddings
 from hswq.calibration.observer import observe
-from hswq.calibration.prompts import Embeddings, prompts_hash
+from hswq.calibration.prompts import prompts_hash
 from hswq.calibration.statistics import Calibration
 from hswq.config import CalibrationConfig
 from hswq.errors import InputError
+from hswq.models.sampler import Sampler
 from hswq.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ _PIXEL_STEP = 8
 
 def run_calibration(
     pipeline: Any,
+    sampler: Sampler,
     config: CalibrationConfig,
     conditioning: Sequence[str] | Embeddings,
     *,
@@ -38,6 +42,7 @@ def run_calibration(
 
     Args:
         pipeline: diffusers pipeline with a `unet` or a `transformer`, on its device.
+        sampler: how the family's pipeline is called.
         config: steps, latent, guidance, seed, backend and, where `samples` is None, how many.
         conditioning: prompts, or embeddings where the pipeline has no text encoders.
         progress: called after every sampler step with ('calibrate', steps done, steps in all).
@@ -52,15 +57,12 @@ def run_calibration(
     if not indices or min(indices) < 0 or len(set(indices)) != len(indices):
         raise InputError(f"samples are {indices[:10]}; distinct indices >= 0 are needed.")
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    pixels = config.latent * pipeline.vae_scale_factor
-    if pixels % _PIXEL_STEP:
-        step = _PIXEL_STEP // pipeline.vae_scale_factor
-        raise InputError(
-            f"--latent {config.latent} is {pixels} pixels with this checkpoint's VAE; a multiple "
-            f"of {_PIXEL_STEP} is needed: use --latent {-(-config.latent // step) * step}."
-        )
+    pixels = _pixels(pipeline, sampler, config.latent)
+    steps, guidance = sampling_settings(sampler, denoiser.config, config)
     if isinstance(conditioning, Embeddings):
-        _check_widths(denoiser.config, conditioning)
+        check_embeddings(
+            conditioning, sampler.embeddings(guidance), sampler.widths(denoiser.config)
+        )
     if max(indices) >= len(conditioning):
         logger.info(
             "%d prompts for samples up to %d: they are used again from the first, with other noise",
@@ -74,16 +76,22 @@ def run_calibration(
         for position, index in enumerate(indices):
 
             def report(pipe: Any, step: int, _: Any, tensors: Any, done: int = position) -> Any:
-                steps = pipe.num_timesteps
-                progress("calibrate", done * steps + step + 1, len(indices) * steps)
+                every = pipe.num_timesteps
+                progress("calibrate", done * every + step + 1, len(indices) * every)
                 return tensors
 
+            if isinstance(conditioning, Embeddings):
+                given = sampler.arguments(
+                    conditioning.sample(index, denoiser.device, denoiser.dtype), guidance
+                )
+            else:
+                given = sampler.prompted(conditioning[index % len(conditioning)], guidance)
             latents = pipeline(
-                **_arguments(conditioning, index, denoiser),
+                **given,
+                **sampler.guided(guidance),
                 height=pixels,
                 width=pixels,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
+                num_inference_steps=steps,
                 generator=torch.Generator("cpu").manual_seed(config.seed + index),
                 output_type="latent",
                 callback_on_step_end=report,
@@ -101,75 +109,70 @@ def run_calibration(
             len(indices) - finite,
             len(indices),
         )
-    calibration.settings = _settings(pipeline, denoiser, config, conditioning)
+    calibration.settings = {
+        "steps": steps,
+        "latent": config.latent,
+        "guidance": guidance,
+        "seed": config.seed,
+        **_conditioning_hash(conditioning),
+        **_sampler_settings(pipeline),
+        "dtype": _dtype_name(denoiser),
+    }
     calibration.samples = tuple(sorted(indices))
     logger.info(
         "calibrated %d layers: %d samples of %d steps at %d pixels, %s",
         len(calibration.modules),
         len(indices),
-        config.steps,
+        steps,
         pixels,
         _dtype_name(denoiser),
     )
     return calibration
 
 
-def _arguments(
-    conditioning: Sequence[str] | Embeddings, index: int, denoiser: Any
-) -> dict[str, Any]:
-    if isinstance(conditioning, Embeddings):
-        return dict(conditioning.arguments(index, denoiser.device, denoiser.dtype))
-    return {"prompt": conditioning[index % len(conditioning)]}
+def sampling_settings(
+    sampler: Sampler, denoiser_config: Mapping[str, Any], config: CalibrationConfig
+) -> tuple[int, float]:
+    """Return steps and guidance: what was asked for, else what this denoiser is run with."""
+    steps, guidance = sampler.defaults(denoiser_config)
+    return (
+        steps if config.steps is None else config.steps,
+        guidance if config.guidance is None else config.guidance,
+    )
 
 
-def _check_widths(unet: Any, embeddings: Embeddings) -> None:
-    """Refuse embeddings of other text encoders than the UNet was trained with.
+def _pixels(pipeline: Any, sampler: Sampler, latent: int) -> int:
+    """Return the edge of the image that a latent stands for.
 
-    Args:
-        unet: the denoiser's configuration; a transformer's has none of these entries.
-        embeddings: what is to be fed in.
+    Raises:
+        InputError: the pipeline would refuse it, or take a smaller one.
     """
-    widths = []
-    if "cross_attention_dim" in unet:
-        widths.append(("prompt_embeds", unet.cross_attention_dim))
-    if unet.get("addition_embed_type") == "text_time":
-        # Six sizes and crop offsets are embedded beside the pooled text.
-        times = 6 * unet.addition_time_embed_dim
-        widths.append(("pooled_prompt_embeds", unet.projection_class_embeddings_input_dim - times))
-    for key, width in widths:
-        shape = list(embeddings.tensors()[key].shape)
-        if shape[-1] != width:
-            raise InputError(
-                f"{key!r} has shape {shape}, but this denoiser needs a last dimension of {width}: "
-                "the embeddings were made with text encoders of another model."
-            )
+    scale: int = pipeline.vae_scale_factor
+    step = math.lcm(sampler.patch, _PIXEL_STEP // math.gcd(_PIXEL_STEP, scale))
+    if latent % step:
+        raise InputError(
+            f"--latent {latent} is {latent * scale} pixels with this checkpoint's VAE; a multiple "
+            f"of {step * scale} is needed: use --latent {-(-latent // step) * step}."
+        )
+    return latent * scale
 
 
 def _dtype_name(denoiser: Any) -> str:
     return str(denoiser.dtype).removeprefix("torch.")
 
 
-def _settings(
-    pipeline: Any,
-    denoiser: Any,
-    config: CalibrationConfig,
-    conditioning: Sequence[str] | Embeddings,
-) -> dict[str, Any]:
-    """Return what the statistics depend on beside the checkpoint and the samples."""
-    sampler = json.loads(pipeline.scheduler.to_json_string())
-    embedded = isinstance(conditioning, Embeddings)
+def _conditioning_hash(conditioning: Sequence[str] | Embeddings) -> dict[str, str]:
+    if not isinstance(conditioning, Embeddings):
+        return {"prompts": prompts_hash(conditioning)}
+    if conditioning.prompts is not None:
+        return {"prompts": conditioning.prompts}
+    return {"embeddings": conditioning.hash()}
+
+
+def _sampler_settings(pipeline: Any) -> dict[str, Any]:
+    entries = json.loads(pipeline.scheduler.to_json_string())
     return {
-        "steps": config.steps,
-        "latent": config.latent,
-        "guidance": config.guidance,
-        "seed": config.seed,
-        "embeddings" if embedded else "prompts": (
-            conditioning.hash()
-            if isinstance(conditioning, Embeddings)
-            else prompts_hash(conditioning)
-        ),
         "sampler": type(pipeline.scheduler).__name__,
         # Entries with an underscore name versions and folders, which change nothing.
-        "sampler_config": {key: sampler[key] for key in sampler if not key.startswith("_")},
-        "dtype": _dtype_name(denoiser),
+        "sampler_config": {key: entries[key] for key in entries if not key.startswith("_")},
     }

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import logging
+import gc
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hswq.calibration import (
     Calibration,
     Embeddings,
+    check_embeddings,
+    encode_prompts,
     load_embeddings,
     load_prompts,
+    prompts_hash,
     run_calibration,
+    sampling_settings,
 )
 from hswq.config import CalibrationConfig
 from hswq.driver.source import Source, open_source
-from hswq.errors import BackendError, InputError
+from hswq.errors import BackendError
+from hswq.models.denoiser import denoiser_config
+from hswq.models.families import FAMILIES
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
+from hswq.models.sampler import Sampler
 from hswq.progress import Progress, no_progress
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,38 +76,64 @@ def calibrate_checkpoint(
 def calibrate_source(source: Source, config: CalibrationConfig, progress: Progress) -> Calibration:
     """Calibrate an open checkpoint; see `calibrate_checkpoint`."""
     # Runs with given statistics do without the pipeline.
+    from hswq.models.pipeline import build_pipeline
     from hswq.models.quiet import quiet_libraries
-    from hswq.models.sdxl import build_pipeline
 
-    if source.detection.family != "sdxl":
-        raise InputError(
-            f"hswq does not sample {source.detection.family} checkpoints by itself: run diffusers' "
-            "pipeline on it within `hswq.observe(pipeline.transformer)`, save the calibration, and "
-            "give that file with --stats."
-        )
     device = resolve_device(config.device)
+    folder = None if config.pipeline is None else Path(config.pipeline)
+    checkpoint, sampler = source.checkpoint, FAMILIES[source.detection.family].sampler
     # Prompts are read before anything slow, so that a wrong file is told at once.
-    conditioning: Embeddings | list[str] = (
-        load_prompts(config.calib_file)
-        if config.embeddings is None
-        else load_embeddings(config.embeddings)
-    )
+    prompts = load_prompts(config.calib_file) if config.embeddings is None else []
+    given = None if config.embeddings is None else load_embeddings(config.embeddings)
+    denoiser, _ = denoiser_config(checkpoint, folder, source.detection)
+    _, guidance = sampling_settings(sampler, denoiser, config)
+    if given is not None:
+        check_embeddings(given, sampler.embeddings(guidance), sampler.widths(denoiser))
     model_map = source.trace(config.pipeline)
-    pipeline = build_pipeline(
-        source.checkpoint,
+    build = partial(
+        build_pipeline,
+        checkpoint,
         source.detection,
-        model_map,
-        pipeline_dir=None if config.pipeline is None else Path(config.pipeline),
-        embeddings=config.embeddings is not None,
+        pipeline_dir=folder,
         dtype=_calibration_dtype(config, source, model_map, device),
         device=device,
+        text_encoders=tuple(map(Path, config.text_encoder)),
         allow_download=config.allow_download,
     )
     with quiet_libraries():
-        calibration = run_calibration(pipeline, config, conditioning, progress=progress)
+        # Text encoders and denoiser are never in memory together: each may fill a card.
+        conditioning = given or _encode(build(None), sampler, config, guidance, prompts, progress)
+        _free_cached_memory(device)
+        pipeline = build(model_map, encoders=False)
+        calibration = run_calibration(pipeline, sampler, config, conditioning, progress=progress)
     calibration.model_map = model_map
-    calibration.fingerprint = fingerprint(source.checkpoint, model_map)
+    calibration.fingerprint = fingerprint(checkpoint, model_map)
     return calibration
+
+
+def _encode(
+    pipeline: Any,
+    sampler: Sampler,
+    config: CalibrationConfig,
+    guidance: float,
+    prompts: list[str],
+    progress: Progress,
+) -> Embeddings:
+    """Encode the prompts of a run; afterwards nobody holds the text encoders."""
+    used = prompts[: config.samples]
+    with torch.no_grad():
+        return encode_prompts(
+            used,
+            lambda prompt: sampler.encode(pipeline, prompt, guidance),
+            prompts_hash(prompts),
+            lambda done: progress("encode", done, len(used)),
+        )
+
+
+def _free_cached_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _calibration_dtype(

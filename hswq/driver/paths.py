@@ -64,7 +64,10 @@ def _check_target(target: Path) -> None:
 
 def _files_read(src: PathLike, config: CalibrationConfig) -> set[Path]:
     """Return every file that a run with these options may read."""
-    given = (config.calib_file, config.embeddings, getattr(config, "stats", None))
+    given = (
+        *(config.calib_file, config.embeddings, getattr(config, "stats", None)),
+        *config.text_encoder,
+    )
     read = {Path(src), *(Path(path) for path in given if path is not None)}
     folders = {Path(config.pipeline)} if config.pipeline is not None else set()
     with Checkpoint.open(src) as checkpoint:

@@ -23,13 +23,21 @@ def denoiser_config(
     """Return the denoiser's configuration, and in words where it comes from.
 
     That is the one of `pipeline_dir`; else the one beside a diffusers component; else what the
-    shapes of the file's tensors say, or SDXL base's.
+    shapes of the file's tensors say, or SDXL base's. For families whose shapes say it,
+    `pipeline_dir` need not hold one.
 
     Raises:
         InputError: `pipeline_dir` was given and holds no configuration of the denoiser, or the
             file is a part of a model.
     """
     family = FAMILIES[detection.family]
+    if pipeline_dir is not None and not pipeline_dir.is_dir():
+        raise InputError(
+            f"--pipeline '{pipeline_dir}' is no folder: give a diffusers pipeline folder."
+        )
+    if pipeline_dir is not None and family.config is not None:
+        path = pipeline_dir / family.component / "config.json"
+        pipeline_dir = pipeline_dir if path.is_file() else None
     if pipeline_dir is None:
         # Beside a single file may lie the configuration of anything.
         beside = checkpoint.config or {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
+from hswq.models.sampler import Sampler
 
 LDM_PREFIXES = ("model.diffusion_model.", "")
 
@@ -50,6 +51,7 @@ class Family:
         name: as in Detection.
         component: folder of the denoiser in a diffusers pipeline, 'unet' or 'transformer'.
         class_name: diffusers' class of the denoiser.
+        sampler: its diffusers pipeline.
         recognize: tells whether a checkpoint with these shapes is of the family; raises InputError
             for relatives that are not supported.
         convert: runs diffusers' converter of single files on numbered rows: by the keys without
@@ -65,6 +67,7 @@ class Family:
     name: str
     component: str
     class_name: str
+    sampler: Sampler
     recognize: Callable[[Checkpoint, Shapes], Detection | None]
     convert: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     config: Callable[[Shapes], dict[str, Any]] | None = None

@@ -13,8 +13,10 @@ import torch
 from hswq.errors import HswqError, InputError
 from hswq.formats.reader import Checkpoint
 
-# Configurations and tokenizer of SDXL base, laid out as a diffusers pipeline folder.
-SHIPPED = Path(__file__).resolve().parent / "assets" / "sdxl"
+# Configurations by family, each laid out as a diffusers pipeline folder.
+_ASSETS = Path(__file__).resolve().parent / "assets"
+# Those of SDXL base, with its tokenizer.
+SHIPPED = _ASSETS / "sdxl"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -30,7 +32,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"'{path}' cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"'{path}' holds a {type(content).__name__}; a JSON object is needed.")
+        raise InputError(
+            f"'{path}' cannot be read as JSON: it holds a {type(content).__name__}, and an object "
+            "is needed."
+        )
     return content
 
 
@@ -52,7 +57,9 @@ def refusing(found: str, cure: str) -> Iterator[None]:
         raise InputError(f"{found}: {error or type(error).__name__}. {cure}") from error
 
 
-def configuration_folders(checkpoint: Checkpoint, pipeline_dir: Path | None) -> list[Path]:
-    """Return where configurations may come from, the most particular first."""
+def configuration_folders(
+    checkpoint: Checkpoint, pipeline_dir: Path | None, family: str
+) -> list[Path]:
+    """Return where configurations may come from, the most particular first and hswq's own last."""
     given = [folder for folder in (pipeline_dir, checkpoint.pipeline_dir) if folder is not None]
-    return [*given, SHIPPED]
+    return [*given, _ASSETS / family]

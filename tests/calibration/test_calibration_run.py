@@ -11,12 +11,14 @@ import torch
 from hswq.calibration import Calibration, Embeddings, run_calibration
 from hswq.config import CalibrationConfig
 from hswq.errors import InputError
+from hswq.models.families import FAMILIES
 
 # diffusers' schedulers hand torch tensors to numpy 2 through the old protocol.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
+SAMPLER = FAMILIES["sdxl"].sampler
 WIDTH, POOLED = 16, 8
 STEPS = 2
 
@@ -76,7 +78,7 @@ def file_bytes(calibration, folder):
 def test_every_layer_sees_every_step(pipeline, caplog):
     """A layer that the hooks miss, or that is counted twice, gets a wrong importance."""
     with caplog.at_level(logging.INFO):
-        calibration = run_calibration(pipeline, make_config(), make_embeddings())
+        calibration = run_calibration(pipeline, SAMPLER, make_config(), make_embeddings())
     layers = {
         name: module
         for name, module in pipeline.unet.named_modules()
@@ -97,9 +99,9 @@ def test_every_layer_sees_every_step(pipeline, caplog):
 def test_runs_over_parts_of_the_samples_merge_to_the_same_file(pipeline, tmp_path):
     """Dividing a run over processes, or resuming one, must not change a byte."""
     config, embeddings = make_config(samples=4), make_embeddings()
-    whole = file_bytes(run_calibration(pipeline, config, embeddings), tmp_path)
-    first = run_calibration(pipeline, config, embeddings, samples=[3, 0])
-    second = run_calibration(make_pipeline(), config, embeddings, samples=[1, 2])
+    whole = file_bytes(run_calibration(pipeline, SAMPLER, config, embeddings), tmp_path)
+    first = run_calibration(pipeline, SAMPLER, config, embeddings, samples=[3, 0])
+    second = run_calibration(make_pipeline(), SAMPLER, config, embeddings, samples=[1, 2])
     assert file_bytes(first.merge(second), tmp_path) == whole
     assert file_bytes(second.merge(first), tmp_path) == whole
     assert file_bytes(Calibration.load(tmp_path / "statistics.safetensors"), tmp_path) == whole
@@ -108,10 +110,10 @@ def test_runs_over_parts_of_the_samples_merge_to_the_same_file(pipeline, tmp_pat
 def test_equal_runs_write_equal_files(pipeline, tmp_path):
     """Global random state, a date or a path in the file would make two runs differ."""
     config, embeddings = make_config(), make_embeddings()
-    first = file_bytes(run_calibration(pipeline, config, embeddings), tmp_path)
+    first = file_bytes(run_calibration(pipeline, SAMPLER, config, embeddings), tmp_path)
     torch.manual_seed(99)
     random.seed(99)
-    assert file_bytes(run_calibration(pipeline, config, embeddings), tmp_path) == first
+    assert file_bytes(run_calibration(pipeline, SAMPLER, config, embeddings), tmp_path) == first
 
 
 @pytest.mark.parametrize(
@@ -121,8 +123,10 @@ def test_equal_runs_write_equal_files(pipeline, tmp_path):
 def test_every_setting_reaches_the_sampler_and_the_file(pipeline, option, value):
     """An option that is dropped, or that is not recorded, lets unlike runs merge."""
     config, embeddings = make_config(samples=1), make_embeddings()
-    first = run_calibration(pipeline, config, embeddings)
-    other = run_calibration(pipeline, make_config(samples=1, **{option: value}), embeddings)
+    first = run_calibration(pipeline, SAMPLER, config, embeddings)
+    other = run_calibration(
+        pipeline, SAMPLER, make_config(samples=1, **{option: value}), embeddings
+    )
     assert other.settings[option] == value
     assert first.settings != other.settings
     assert any(
@@ -133,15 +137,15 @@ def test_every_setting_reaches_the_sampler_and_the_file(pipeline, option, value)
 def test_sample_takes_its_own_noise_and_prompt_and_wraps_around(pipeline, caplog):
     """Sample 5 of 4 prompts takes prompt 1 with noise of seed 5, not the sums of sample 1."""
     embeddings, config = make_embeddings(), make_config()
-    second = run_calibration(pipeline, config, embeddings, samples=[1])
+    second = run_calibration(pipeline, SAMPLER, config, embeddings, samples=[1])
     with caplog.at_level(logging.INFO):
-        sixth = run_calibration(pipeline, config, embeddings, samples=[5])
+        sixth = run_calibration(pipeline, SAMPLER, config, embeddings, samples=[5])
     assert "4 prompts for samples up to 5" in caplog.text
     # The text projections see the prompt alone, the first convolution the noise alone.
     text = next(name for name in second.modules if name.endswith("attn2.to_k"))
     assert torch.equal(second.importance(text), sixth.importance(text))
     assert not torch.equal(second.importance("conv_in"), sixth.importance("conv_in"))
-    same_noise = run_calibration(pipeline, make_config(seed=4), embeddings, samples=[1])
+    same_noise = run_calibration(pipeline, SAMPLER, make_config(seed=4), embeddings, samples=[1])
     assert torch.equal(same_noise.importance("conv_in"), sixth.importance("conv_in"))
 
 
@@ -153,7 +157,7 @@ def test_prompts_are_given_as_prompts(pipeline, monkeypatch):
     def encode(prompt, **_):
         seen.append(prompt)
         return tuple(
-            embeddings.arguments(0, torch.device("cpu"), torch.float32)[key]
+            embeddings.sample(0, torch.device("cpu"), torch.float32)[key]
             for key in (
                 "prompt_embeds",
                 "negative_prompt_embeds",
@@ -163,7 +167,7 @@ def test_prompts_are_given_as_prompts(pipeline, monkeypatch):
         )
 
     monkeypatch.setattr(pipeline, "encode_prompt", encode)
-    calibration = run_calibration(pipeline, make_config(samples=3), ["a cat", "a dog"])
+    calibration = run_calibration(pipeline, SAMPLER, make_config(samples=3), ["a cat", "a dog"])
     assert seen == ["a cat", "a dog", "a cat"]
     assert "prompts" in calibration.settings
     assert "embeddings" not in calibration.settings
@@ -172,12 +176,12 @@ def test_prompts_are_given_as_prompts(pipeline, monkeypatch):
 def test_settings_say_what_the_statistics_depend_on(pipeline):
     """Runs with another sampler or other embeddings must not merge."""
     config = make_config(samples=1)
-    first = run_calibration(pipeline, config, make_embeddings())
+    first = run_calibration(pipeline, SAMPLER, config, make_embeddings())
     assert first.settings["sampler"] == "EulerDiscreteScheduler"
     assert first.settings["sampler_config"]["prediction_type"] == "epsilon"
     assert not [key for key in first.settings["sampler_config"] if key.startswith("_")]
     assert first.settings["dtype"] == "float32"
-    other = run_calibration(pipeline, config, make_embeddings(count=5), samples=[1])
+    other = run_calibration(pipeline, SAMPLER, config, make_embeddings(count=5), samples=[1])
     with pytest.raises(InputError, match=r"settings \(embeddings\)"):
         first.merge(other)
 
@@ -186,7 +190,11 @@ def test_progress_counts_every_step(pipeline):
     """A bar that stops short or starts anew with each sample gives a wrong estimate."""
     seen = []
     run_calibration(
-        pipeline, make_config(), make_embeddings(), progress=lambda *step: seen.append(step)
+        pipeline,
+        SAMPLER,
+        make_config(),
+        make_embeddings(),
+        progress=lambda *step: seen.append(step),
     )
     total = 2 * STEPS
     assert seen == [("calibrate", done, total) for done in range(1, total + 1)]
@@ -203,7 +211,7 @@ def test_interrupted_run_leaves_no_hooks(pipeline):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_calibration(pipeline, make_config(), make_embeddings(), progress=interrupt)
+        run_calibration(pipeline, SAMPLER, make_config(), make_embeddings(), progress=interrupt)
     assert hooks_of(pipeline.unet) == 0
 
 
@@ -213,7 +221,7 @@ def test_run_that_overflows_everywhere_is_refused():
     with torch.no_grad():
         pipeline.unet.conv_in.weight.fill_(torch.inf)
     with pytest.raises(InputError, match=r"float32.*--calib-dtype bf16"):
-        run_calibration(pipeline, make_config(), make_embeddings())
+        run_calibration(pipeline, SAMPLER, make_config(), make_embeddings())
     assert hooks_of(pipeline.unet) == 0
 
 
@@ -227,7 +235,7 @@ def test_run_that_overflows_once_warns(caplog):
         return output * torch.inf if len(calls) == 1 else output
 
     pipeline.unet.conv_in.register_forward_hook(overflow_at_first)
-    calibration = run_calibration(pipeline, make_config(), make_embeddings())
+    calibration = run_calibration(pipeline, SAMPLER, make_config(), make_embeddings())
     assert "1 of 2 samples ended in NaN or Inf" in caplog.text
     assert calibration.calls("conv_out") == STEPS
     assert calibration.skipped("conv_out") == STEPS
@@ -243,18 +251,18 @@ def test_run_that_overflows_once_warns(caplog):
 def test_embeddings_of_another_model_are_refused(pipeline, embeddings, words):
     """Otherwise the UNet fails inside a product with two sizes and no names."""
     with pytest.raises(InputError, match=words):
-        run_calibration(pipeline, make_config(), embeddings)
+        run_calibration(pipeline, SAMPLER, make_config(), embeddings)
 
 
 @pytest.mark.parametrize("samples", [[], [-1], [2, 2]])
 def test_unusable_samples_are_refused(pipeline, samples):
     """A sample twice would weigh double and could not be merged again."""
     with pytest.raises(InputError, match="distinct indices"):
-        run_calibration(pipeline, make_config(), make_embeddings(), samples=samples)
+        run_calibration(pipeline, SAMPLER, make_config(), make_embeddings(), samples=samples)
 
 
 def test_latent_that_the_sampler_cannot_take_is_refused(pipeline, monkeypatch):
     """diffusers takes edges of 8 pixels; a VAE of factor 4 needs an even latent."""
     monkeypatch.setattr(pipeline, "vae_scale_factor", 4)
     with pytest.raises(InputError, match="use --latent 10"):
-        run_calibration(pipeline, make_config(latent=9), make_embeddings())
+        run_calibration(pipeline, SAMPLER, make_config(latent=9), make_embeddings())

@@ -110,7 +110,7 @@ def test_embeddings_hash_sees_one_changed_value():
 def test_embeddings_of_a_sample_wrap_around(negatives):
     """Sample 4 of 3 takes row 1; one negative serves all, several go with their sample."""
     embeddings = make_embeddings(negatives=negatives)
-    arguments = embeddings.arguments(4, torch.device("cpu"), torch.float32)
+    arguments = embeddings.sample(4, torch.device("cpu"), torch.float32)
     assert {key: tensor.dtype for key, tensor in arguments.items()} == dict.fromkeys(
         arguments, torch.float32
     )
@@ -161,8 +161,8 @@ def test_damaged_embeddings_file_names_path_and_tensor(tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "e.safetensors"
-    save_file({"prompt_embeds": torch.zeros(1, 5, 8)}, path)
-    with pytest.raises(FormatError, match=r"e\.safetensors lacks 'pooled_prompt_embeds'"):
+    save_file({"pooled_prompt_embeds": torch.zeros(1, 8)}, path)
+    with pytest.raises(FormatError, match=r"e\.safetensors lacks 'prompt_embeds'"):
         load_embeddings(path)
     save_file(make_embeddings().tensors() | {"pooled_prompt_embeds": torch.zeros(2, 6)}, path)
     with pytest.raises(FormatError, match=r"e\.safetensors: 'pooled_prompt_embeds'"):

@@ -287,13 +287,6 @@ def test_peers_preset_names_layers_of_the_family(
     assert {layer.name for layer in report.plan.kept} == names
 
 
-def test_calibration_by_hswq_itself_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    """Who types `quantize` on Flux must be told what to do instead."""
-    path = write_random(tmp_path / "x.safetensors", flux_shapes())
-    with pytest.raises(InputError, match=r"does not sample flux .*hswq\.observe.*--stats"):
-        hswq.quantize_checkpoint(path, tmp_path / "out.safetensors", hswq.QuantizeConfig())
-
-
 def test_other_components_are_left_alone(tmp_path: Path) -> None:
     """All-in-one files of ComfyUI hold text encoders and VAE beside the transformer."""
     path = write_random(tmp_path / "x.safetensors", flux_shapes(), prefix=PREFIX)

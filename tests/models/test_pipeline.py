@@ -13,11 +13,12 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks import make_checkpoint
-from hswq.errors import InputError
+from hswq.errors import FormatError, InputError
 from hswq.formats.reader import Checkpoint
-from hswq.models import sdxl
 from hswq.models.detect import detect
+from hswq.models.families import FAMILIES
 from hswq.models.folders import SHIPPED
+from hswq.models.pipeline import build_pipeline
 from hswq.models.tokenizer import clip_vocabulary, shipped_tokenizer
 from hswq.models.trace import trace_map
 from tests.checkpoints import write_tiny_pipeline, write_tiny_sdxl
@@ -32,15 +33,13 @@ PROMPT = "a photo of a cat"
 def build(path, pipeline_dir, **options):
     settings = {
         "pipeline_dir": pipeline_dir,
-        "embeddings": False,
         "dtype": torch.float32,
         "device": torch.device("cpu"),
-        "allow_download": False,
     }
     with Checkpoint.open(path) as checkpoint:
         detection = detect(checkpoint)
         model_map = trace_map(checkpoint, detection, pipeline_dir)
-        return sdxl.build_pipeline(checkpoint, detection, model_map, **(settings | options))
+        return build_pipeline(checkpoint, detection, model_map, **(settings | options))
 
 
 def sample(pipeline, **inputs):
@@ -102,7 +101,7 @@ def test_embeddings_need_no_text_encoder(single_file, unet_file, configurations)
     full = build(single_file, configurations)
     embeds = full.encode_prompt(PROMPT, do_classifier_free_guidance=True)
     names = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")
-    pipeline = build(unet_file, configurations, embeddings=True)
+    pipeline = build(unet_file, configurations, encoders=False)
     assert pipeline.text_encoder is None
     assert pipeline.tokenizer_2 is None
     inputs = {f"{name}_embeds": value for name, value in zip(names, embeds, strict=True)}
@@ -133,7 +132,7 @@ def test_v_prediction_reaches_the_scheduler(tmp_path, configurations, layout):
     """A v-prediction checkpoint would be sampled as if it predicted noise."""
     path = tmp_path / ("model.safetensors" if layout == "ldm" else "model")
     write_tiny_sdxl(path, layout=layout, v_pred=True, zero_snr=True)
-    pipeline = build(path, configurations, embeddings=True)
+    pipeline = build(path, configurations, encoders=False)
     config = pipeline.scheduler.config
     assert config.prediction_type == "v_prediction"
     assert config.rescale_betas_zero_snr
@@ -144,7 +143,7 @@ def test_v_prediction_reaches_the_scheduler(tmp_path, configurations, layout):
 
 def test_epsilon_checkpoint_keeps_the_schedule_of_sdxl(single_file, configurations):
     """Without markers nothing about the schedule may change."""
-    config = build(single_file, configurations, embeddings=True).scheduler.config
+    config = build(single_file, configurations, encoders=False).scheduler.config
     assert config.prediction_type == "epsilon"
     assert not config.rescale_betas_zero_snr
     assert config.timestep_spacing == "leading"
@@ -161,7 +160,7 @@ def test_latent_scale_is_right_without_the_vae(
     vae = json.loads((folder / "vae/config.json").read_text())
     vae["block_out_channels"] = [8] * levels
     (folder / "vae/config.json").write_text(json.dumps(vae))
-    pipeline = build(single_file, folder, embeddings=True)
+    pipeline = build(single_file, folder, encoders=False)
     assert pipeline.vae is None
     assert pipeline.vae_scale_factor == factor
 
@@ -182,7 +181,7 @@ def test_missing_text_encoder_names_the_cures(unet_file, configurations):
 def test_missing_vae_names_the_cure(unet_file, configurations):
     """Embeddings do not replace a VAE."""
     with pytest.raises(InputError, match=r"no vae.*--pipeline DIR\.$"):
-        build(unet_file, configurations, embeddings=True, vae=True)
+        build(unet_file, configurations, encoders=False, vae=True)
 
 
 def test_hub_is_asked_only_when_downloads_are_allowed(unet_file, configurations, monkeypatch):
@@ -198,8 +197,8 @@ def test_hub_is_asked_only_when_downloads_are_allowed(unet_file, configurations,
         monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
     build(unet_file, configurations, allow_download=True)
     assert asked == [
-        ("CLIPTextModel", sdxl.HUB, "text_encoder"),
-        ("CLIPTextModelWithProjection", sdxl.HUB, "text_encoder_2"),
+        ("CLIPTextModel", FAMILIES["sdxl"].sampler.hub, "text_encoder"),
+        ("CLIPTextModelWithProjection", FAMILIES["sdxl"].sampler.hub, "text_encoder_2"),
     ]
 
 
@@ -236,18 +235,24 @@ def test_text_encoder_that_does_not_fit_its_configuration_is_refused(
         build(single_file, folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_text_encoder_is_not_sampled(edited, configurations, dtype):
+def test_quantized_text_encoder_is_read_or_refused(edited, configurations):
     """Its codes would be taken for values, and the statistics be those of noise."""
     key = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
 
-    def cast(tensors):
-        tensors[key] = tensors[key].to(dtype)
+    def cast(dtype):
+        def change(tensors):
+            tensors[key] = tensors[key].to(dtype)
 
-    path = edited(cast)
-    with pytest.raises(InputError, match=r"text_encoder of .* is quantized .*--embeddings FILE"):
-        build(path, configurations)
-    build(path, configurations, embeddings=True)
+        return edited(change)
+
+    with pytest.raises(FormatError, match="is I8: only F8_E4M3 can be dequantized"):
+        build(cast(torch.int8), configurations)
+    build(cast(torch.int8), configurations, encoders=False)
+    pipeline = build(cast(torch.float8_e4m3fn), configurations)
+    expected = make_checkpoint.filled_module("text_encoder", "tiny", torch.float16, 0).state_dict()
+    loaded = pipeline.text_encoder.state_dict()
+    name = next(name for name in expected if key.endswith(name))
+    assert torch.equal(loaded[name], expected[name].to(torch.float8_e4m3fn).float())
 
 
 LONGEST = json.dumps({"model_max_length": 10**30})
@@ -265,9 +270,9 @@ LONGEST = json.dumps({"model_max_length": 10**30})
         ("tokenizer/tokenizer_config.json", None, "tokens a prompt"),
         ("tokenizer_2/tokenizer_config.json", LONGEST, "tokens a prompt"),
         ("tokenizer/tokenizer_config.json", '{"model_max_length": null}', "tokenizer"),
-        ("text_encoder/config.json", "null", "configuration"),
+        ("text_encoder/config.json", "null", "an object is needed"),
         ("text_encoder/config.json", '{"vocab_size": "many"}', "configuration"),
-        ("text_encoder_2/config.json", "", "configuration"),
+        ("text_encoder_2/config.json", "", "JSON"),
         ("scheduler/scheduler_config.json", "{", "JSON"),
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "scheduler"),
         ("scheduler/scheduler_config.json", '{"_class_name": -3}', "scheduler"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from hswq.formats.reader import Checkpoint
 from hswq.models.family import LDM_PREFIXES, Detection, Family, Shapes, count_blocks, refusal
+from hswq.models.sampler import CLIP_SIGNATURE, CLIP_TOKENS, Sampler, TextEncoder
 
 # What diffusers' converter assumes of every model.
 _WIDTH = 3072
@@ -90,10 +93,71 @@ def _convert(numbered: dict[str, Tensor], config: dict[str, Any]) -> dict[str, T
     return {name: rows[::times] for name, rows in converted.items()}
 
 
+@dataclass(frozen=True)
+class _FluxSampler(Sampler):
+    """Guidance is an input of the denoiser; schnell, which lacks it, takes few steps."""
+
+    def defaults(self, config: Mapping[str, Any]) -> tuple[int, float]:
+        return (self.steps, self.guidance) if _is_dev(config) else (4, 0.0)
+
+    def scheduler_overrides(
+        self, detection: Any, config: Mapping[str, Any], shipped: bool
+    ) -> dict[str, Any]:
+        return (
+            {"shift": 1.0, "use_dynamic_shifting": False} if shipped and not _is_dev(config) else {}
+        )
+
+    def widths(self, config: Mapping[str, Any]) -> dict[str, int | None]:
+        return {
+            "prompt_embeds": config.get("joint_attention_dim"),
+            "pooled_prompt_embeds": config.get("pooled_projection_dim"),
+        }
+
+    def embeddings(self, guidance: float) -> tuple[str, ...]:
+        return ("prompt_embeds", "pooled_prompt_embeds")
+
+    def encode(self, pipeline: Any, prompt: str, guidance: float) -> dict[str, Tensor]:
+        return dict(
+            zip(self.embeddings(guidance), pipeline.encode_prompt(prompt, None), strict=False)
+        )
+
+
+def _is_dev(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("guidance_embeds"))
+
+
 FLUX = Family(
     name="flux",
     component="transformer",
     class_name="FluxTransformer2DModel",
+    sampler=_FluxSampler(
+        class_name="FluxPipeline",
+        text_encoders=(
+            TextEncoder(
+                name="text_encoder",
+                class_name="CLIPTextModel",
+                tokenizer="tokenizer",
+                prefix="text_encoders.clip_l.transformer.",
+                signature=CLIP_SIGNATURE,
+                tokens=CLIP_TOKENS,
+                widths={"pooled_prompt_embeds": "hidden_size"},
+                fixed_length=True,
+            ),
+            TextEncoder(
+                name="text_encoder_2",
+                class_name="T5EncoderModel",
+                tokenizer="tokenizer_2",
+                prefix="text_encoders.t5xxl.transformer.",
+                signature=("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+                tokens=("<pad>", "</s>"),
+                widths={"prompt_embeds": "d_model"},
+            ),
+        ),
+        # Its text encoders are those of dev.
+        hub="black-forest-labs/FLUX.1-schnell",
+        steps=28,
+        guidance=3.5,
+    ),
     recognize=_recognize,
     convert=_convert,
     config=_config,

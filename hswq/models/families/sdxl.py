@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +12,7 @@ from hswq.formats.reader import Checkpoint
 from hswq.models.family import LDM_PREFIXES, Detection, Family, Shapes, refusal
 from hswq.models.folders import read_json
 from hswq.models.quiet import quiet_libraries
+from hswq.models.sampler import CLIP_SIGNATURE, CLIP_TOKENS, Sampler, TextEncoder
 
 V_PREDICTION_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 
@@ -120,10 +123,86 @@ def _scheduler_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_json(checkpoint.pipeline_dir / "scheduler" / "scheduler_config.json") or {}
 
 
+@dataclass(frozen=True)
+class _SDXLSampler(Sampler):
+    """Classifier-free guidance in one batch with an empty prompt."""
+
+    def scheduler_overrides(
+        self, detection: Detection, config: Mapping[str, Any], shipped: bool
+    ) -> dict[str, Any]:
+        # A file that says nothing is of the type that the configuration names.
+        overrides: dict[str, Any] = {}
+        if detection.prediction_type == "v_prediction":
+            overrides["prediction_type"] = "v_prediction"
+        if detection.zero_terminal_snr:
+            # Only this spacing starts from the last timestep, the one of pure noise.
+            overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return overrides
+
+    def pipeline_options(self, index: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+            "add_watermarker": False,
+        }
+
+    def widths(self, config: Mapping[str, Any]) -> dict[str, int | None]:
+        widths: dict[str, int | None] = {"prompt_embeds": config.get("cross_attention_dim")}
+        if config.get("addition_embed_type") == "text_time":
+            # Six sizes and crop offsets are embedded beside the pooled text.
+            times = 6 * config["addition_time_embed_dim"]
+            pooled = config["projection_class_embeddings_input_dim"] - times
+            widths["pooled_prompt_embeds"] = pooled
+        return widths
+
+    def embeddings(self, guidance: float) -> tuple[str, ...]:
+        # The pipeline asks for all of them whatever the guidance.
+        return (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
+
+    def encode(self, pipeline: Any, prompt: str, guidance: float) -> dict[str, Tensor]:
+        encoded = pipeline.encode_prompt(prompt, do_classifier_free_guidance=True)
+        return dict(zip(self.embeddings(guidance), encoded, strict=True))
+
+
 SDXL = Family(
     name="sdxl",
     component="unet",
     class_name="UNet2DConditionModel",
+    sampler=_SDXLSampler(
+        class_name="StableDiffusionXLPipeline",
+        text_encoders=(
+            TextEncoder(
+                name="text_encoder",
+                class_name="CLIPTextModel",
+                tokenizer="tokenizer",
+                prefix="conditioner.embedders.0.",
+                signature=CLIP_SIGNATURE,
+                tokens=CLIP_TOKENS,
+                widths={"prompt_embeds": "hidden_size"},
+                fixed_length=True,
+            ),
+            TextEncoder(
+                name="text_encoder_2",
+                class_name="CLIPTextModelWithProjection",
+                tokenizer="tokenizer_2",
+                prefix="conditioner.embedders.1.",
+                signature=CLIP_SIGNATURE,
+                tokens=CLIP_TOKENS,
+                widths={"prompt_embeds": "hidden_size", "pooled_prompt_embeds": "projection_dim"},
+                fixed_length=True,
+            ),
+        ),
+        hub="stabilityai/stable-diffusion-xl-base-1.0",
+        steps=25,
+        guidance=5.0,
+        scheduler="EulerDiscreteScheduler",
+        vae_prefix="first_stage_model.",
+        patch=1,
+    ),
     recognize=_recognize,
     convert=_convert,
     unused=frozenset({V_PREDICTION_KEY, ZERO_SNR_KEY}),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from hswq.formats.reader import Checkpoint
 from hswq.models.family import LDM_PREFIXES, Detection, Family, Shapes, count_blocks, refusal
+from hswq.models.sampler import Sampler, TextEncoder
 
 # Rotary channels by axis (frame and text, y, x) for heads of 128 channels.
 _AXES = {128: [32, 48, 48]}
@@ -55,10 +58,49 @@ def _convert(numbered: dict[str, Tensor], config: dict[str, Any]) -> dict[str, T
     return converted
 
 
+@dataclass(frozen=True)
+class _ZImageSampler(Sampler):
+    """Prompts are lists of unpadded texts; guidance adds to the prediction, so that 0 is none."""
+
+    def widths(self, config: Mapping[str, Any]) -> dict[str, int | None]:
+        return {"prompt_embeds": config.get("cap_feat_dim")}
+
+    def embeddings(self, guidance: float) -> tuple[str, ...]:
+        return ("prompt_embeds", "negative_prompt_embeds") if guidance > 0 else ("prompt_embeds",)
+
+    def encode(self, pipeline: Any, prompt: str, guidance: float) -> dict[str, Tensor]:
+        encoded = pipeline.encode_prompt(prompt, do_classifier_free_guidance=guidance > 0)
+        return {
+            name: texts[0].unsqueeze(0)
+            for name, texts in zip(self.embeddings(guidance), encoded, strict=False)
+        }
+
+    def arguments(self, embeddings: dict[str, Tensor], guidance: float) -> dict[str, Any]:
+        return {name: list(embeddings[name]) for name in self.embeddings(guidance)}
+
+
 Z_IMAGE = Family(
     name="z-image",
     component="transformer",
     class_name="ZImageTransformer2DModel",
+    sampler=_ZImageSampler(
+        class_name="ZImagePipeline",
+        text_encoders=(
+            TextEncoder(
+                name="text_encoder",
+                class_name="Qwen3Model",
+                tokenizer="tokenizer",
+                prefix="text_encoders.qwen3_4b.transformer.",
+                signature=("model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"),
+                tokens=("<|im_start|>", "<|im_end|>"),
+                widths={"prompt_embeds": "hidden_size"},
+            ),
+        ),
+        hub="Tongyi-MAI/Z-Image-Turbo",
+        # Those of Turbo; the base model has the same keys and shapes.
+        steps=8,
+        guidance=0.0,
+    ),
     recognize=_recognize,
     convert=_convert,
     config=_config,
