@@ -19,6 +19,7 @@ _ADAPTERS = (
         ("control_model.", "controlnet_", "input_hint_block.", "control_layers."),
         "a ControlNet, not a text-to-image denoiser",
     ),
+    (("ip_adapter",), "an IP-Adapter: it reads images for a model, and is none"),
     (("time_stack.", "motion_modules."), "a video diffusion model"),
 )
 # These name what no family has recognized.
@@ -39,7 +40,8 @@ _OTHERS = (
         ),
         "a text encoder without a denoiser",
     ),
-    (("decoder.conv_in.", "encoder.conv_in."), "a VAE without a denoiser"),
+    (("decoder.conv_in.", "encoder.conv_in.", "decoder.conv1."), "a VAE without a denoiser"),
+    (("redux_down.",), "Flux.1 Redux: it reads images for Flux.1, and is no denoiser"),
 )
 
 
