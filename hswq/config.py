@@ -19,6 +19,9 @@ CONTAINERS = ("comfy", "plain", "legacy", "hswq")
 FLOATS = ("fp16", "bf16", "fp32")
 SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
 DEFAULT_KEEP_RATIO = 0.10
+# Options that say how much stays 16-bit.
+BUDGETS = ("keep_ratio", "keep_bytes", "target_size", "max_error")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Group of the options that only the sampler reads: given statistics exclude them.
 SAMPLING = "sampling"
 
@@ -45,6 +48,27 @@ def option(
         "group": group,
     }
     return field(default=default, metadata=metadata)
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Return a size in bytes: '4.5GB', '4500 MB', '4GiB' or a number of bytes.
+
+    Raises:
+        OptionError: the text is no such size, or not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    try:
+        size = int(float(match[1]) * unit) if match and unit else 0
+        # 4.5 bytes is a forgotten unit.
+        size = 0 if unit == 1 and "." in text else size
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise OptionError(
+            f"{flag} is {text!r}; a size above 0 is needed, 4.5GB or 4GiB for example."
+        )
+    return size
 
 
 def _check_range(name: str, value: Any, metadata: Any) -> None:
@@ -143,6 +167,65 @@ class CalibrationConfig:
         choices=("16bit", "fp8"),
         group="calibration",
     )
+    scaled: bool = option(
+        False,
+        "V2: store a scale with every weight the container can scale (default: V1, no scale)",
+        group="quantization",
+    )
+    container: str = option(
+        "comfy",
+        "file layout; see the README's table of containers",
+        choices=CONTAINERS,
+        group="quantization",
+    )
+    sensitivity: str = option(
+        "variance",
+        "how layers are ranked: variance of their outputs, or impact, the measured change of the "
+        "denoiser's output when a layer alone is quantized",
+        choices=("variance", "impact"),
+        group="measurement",
+    )
+    calls: int = option(
+        4,
+        "calls of the denoiser that are recorded and replayed for --sensitivity impact",
+        minimum=1,
+        maximum=4096,
+        group=SAMPLING,
+    )
+    rounding: str = option(
+        "nearest",
+        "how values become codepoints: the nearest, or compensated, each error made up for by the "
+        "weights that share its inputs",
+        choices=("nearest", "compensated"),
+        group="measurement",
+    )
+    damping: float = option(
+        0.01,
+        "compensated: share of the mean diagonal that is added to the Gram matrix",
+        minimum=1e-6,
+        maximum=1e3,
+        group=SAMPLING,
+    )
+    gram_memory: str = option(
+        "8GB",
+        "compensated: memory for Gram matrices; layers beyond it wait for another run of the "
+        "sampler",
+        metavar="SIZE",
+        group=SAMPLING,
+    )
+    search: str = option(
+        "default",
+        "preset of bins, candidates and refinements: 4096/200/3 or 8192/1000/10",
+        choices=tuple(SEARCH_PRESETS),
+        group="search",
+    )
+    bins: int | None = option(None, "histogram bins", minimum=16, maximum=1 << 20, group="search")
+    candidates: int | None = option(
+        None, "amax candidates a stage", minimum=2, maximum=100_000, group="search"
+    )
+    refinements: int | None = option(
+        None, "refinements after the first stage", minimum=0, maximum=100, group="search"
+    )
     device: str = option(
         "auto", "where to compute", choices=("auto", "cpu", "cuda"), group="compute"
     )
@@ -169,6 +252,36 @@ class CalibrationConfig:
             raise OptionError(
                 f"--text-encoder is the text {self.text_encoder!r}; a tuple of texts is needed."
             )
+        parse_size("--gram-memory", self.gram_memory)
+        if self.scaled and self.container == "plain":
+            raise OptionError(
+                "--container plain holds no scales, and --scaled needs them: "
+                "use comfy, legacy or hswq, or drop --scaled."
+            )
+        if self.activations == "fp8" and self.container in ("plain", "legacy"):
+            raise OptionError(
+                f"--container {self.container} holds no scales of inputs, and --activations fp8 "
+                "writes them: use comfy or hswq."
+            )
+        if not self.scaled and self.container == "legacy":
+            raise OptionError(
+                "--container legacy is for scaled weights: add --scaled, or use comfy or plain."
+            )
+
+    @property
+    def search_settings(self) -> tuple[int, int, int]:
+        """Bins, candidates and refinements: the preset, with what was set by hand in its place."""
+        preset = SEARCH_PRESETS[self.search]
+        given = (self.bins, self.candidates, self.refinements)
+        bins, candidates, refinements = (
+            known if value is None else value for value, known in zip(given, preset, strict=True)
+        )
+        return bins, candidates, refinements
+
+    @property
+    def gram_bytes(self) -> int:
+        """Memory for Gram matrices in bytes."""
+        return parse_size("--gram-memory", self.gram_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,17 +292,6 @@ class QuantizeConfig(CalibrationConfig):
         OptionError: a value is outside its range or contradicts another.
     """
 
-    scaled: bool = option(
-        False,
-        "V2: store a scale with every weight the container can scale (default: V1, no scale)",
-        group="quantization",
-    )
-    container: str = option(
-        "comfy",
-        "file layout; see the README's table of containers",
-        choices=CONTAINERS,
-        group="quantization",
-    )
     conv: str = option(
         "fp8", "convolutions: FP8, or left 16-bit", choices=("fp8", "16bit"), group="quantization"
     )
@@ -199,6 +301,26 @@ class QuantizeConfig(CalibrationConfig):
         minimum=0.0,
         maximum=1.0,
         aliases=("--keep_ratio",),
+        group="plan",
+    )
+    keep_bytes: float | None = option(
+        None,
+        "share of the quantizable weights left 16-bit, by size",
+        minimum=0.0,
+        maximum=1.0,
+        group="plan",
+    )
+    target_size: str | None = option(
+        None,
+        "size that the file may have, 4.5GB for example; what fits stays 16-bit",
+        metavar="SIZE",
+        group="plan",
+    )
+    max_error: float | None = option(
+        None,
+        "predicted relative squared error that the denoiser's output may have, with --sensitivity "
+        "impact; as little as possible stays 16-bit",
+        minimum=0.0,
         group="plan",
     )
     keep: tuple[str, ...] = option(
@@ -220,28 +342,6 @@ class QuantizeConfig(CalibrationConfig):
         choices=("none", "peers"),
         group="plan",
     )
-    sensitivity: str = option(
-        "variance", "how layers are ranked", choices=("variance",), group="plan"
-    )
-    rounding: str = option(
-        "nearest",
-        "how values are rounded to codepoints",
-        choices=("nearest",),
-        group="quantization",
-    )
-    search: str = option(
-        "default",
-        "preset of bins, candidates and refinements: 4096/200/3 or 8192/1000/10",
-        choices=tuple(SEARCH_PRESETS),
-        group="search",
-    )
-    bins: int | None = option(None, "histogram bins", minimum=16, maximum=1 << 20, group="search")
-    candidates: int | None = option(
-        None, "amax candidates a stage", minimum=2, maximum=100_000, group="search"
-    )
-    refinements: int | None = option(
-        None, "refinements after the first stage", minimum=0, maximum=100, group="search"
-    )
     stats: str | None = option(
         None,
         "statistics file of an earlier `calibrate`; no calibration is run",
@@ -260,20 +360,14 @@ class QuantizeConfig(CalibrationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scaled and self.container == "plain":
-            raise OptionError(
-                "--container plain holds no scales, and --scaled needs them: "
-                "use comfy, legacy or hswq, or drop --scaled."
-            )
-        if self.activations == "fp8" and self.container in ("plain", "legacy"):
-            raise OptionError(
-                f"--container {self.container} holds no scales of inputs, and --activations fp8 "
-                "writes them: use comfy or hswq."
-            )
-        if not self.scaled and self.container == "legacy":
-            raise OptionError(
-                "--container legacy is for scaled weights: add --scaled, or use comfy or plain."
-            )
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            flags = ["--" + name.replace("_", "-") for name in budgets]
+            raise OptionError(f"{' and '.join(flags)} exclude each other: give one budget.")
+        if self.target_size is not None:
+            parse_size("--target-size", self.target_size)
+        if self.max_error is not None and self.sensitivity != "impact":
+            raise OptionError("--max-error is a limit of impact: add --sensitivity impact.")
         for flag, patterns in (("--keep", self.keep), ("--quantize", self.quantize)):
             if isinstance(patterns, str):
                 raise OptionError(f"{flag} is the text {patterns!r}; a tuple of texts is needed.")
@@ -304,16 +398,14 @@ class QuantizeConfig(CalibrationConfig):
             )
 
     @property
-    def search_settings(self) -> tuple[int, int, int]:
-        """Bins, candidates and refinements: the preset, with what was set by hand in its place."""
-        preset = SEARCH_PRESETS[self.search]
-        given = (self.bins, self.candidates, self.refinements)
-        bins, candidates, refinements = (
-            known if value is None else value for value, known in zip(given, preset, strict=True)
-        )
-        return bins, candidates, refinements
+    def budget(self) -> tuple[str, float]:
+        """Name and value of the budget: that which is given, else the seed's keep_ratio of 0.10.
 
-    @property
-    def effective_keep_ratio(self) -> float:
-        """keep_ratio, or the seed's 0.10 where no budget is given."""
-        return DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+        target_size is in bytes.
+        """
+        for name in BUDGETS:
+            value = getattr(self, name)
+            if value is not None:
+                in_bytes = name == "target_size"
+                return name, float(parse_size("--target-size", value) if in_bytes else value)
+        return "keep_ratio", DEFAULT_KEEP_RATIO

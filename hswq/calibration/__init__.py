@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hswq.calibration.calls import Call, Recorder
 from hswq.calibration.embeddings import (
     Embeddings,
     check_embeddings,
@@ -9,15 +10,20 @@ from hswq.calibration.embeddings import (
     load_embeddings,
     save_embeddings,
 )
+from hswq.calibration.impact import Impact
 from hswq.calibration.observer import observe
 from hswq.calibration.prompts import load_prompts, prompts_hash
-from hswq.calibration.run import run_calibration, sampling_settings
+from hswq.calibration.run import SamplingRun, run_calibration, sampling_settings
 from hswq.calibration.statistics import Calibration, LayerStatistics, is_statistics
 
 __all__ = [
     "Calibration",
+    "Call",
     "Embeddings",
+    "Impact",
     "LayerStatistics",
+    "Recorder",
+    "SamplingRun",
     "check_embeddings",
     "encode_prompts",
     "is_statistics",

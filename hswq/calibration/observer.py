@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hswq import kernels
+from hswq.calibration.calls import Recorder
 from hswq.calibration.statistics import Calibration, LayerStatistics, join_pairs
 from hswq.errors import InputError
 from hswq.kernels.fixed_point import CALLS_PER_ACCUMULATOR, MonitorAccumulators
@@ -23,7 +24,11 @@ _NAMES_IN_WARNING = 10
 
 @contextmanager
 def observe(
-    module: nn.Module, backend: str | None = None, *, input_max: bool = False
+    module: nn.Module,
+    backend: str | None = None,
+    *,
+    input_max: bool = False,
+    record: int | Recorder = 0,
 ) -> Iterator[Calibration]:
     """Watch every nn.Linear and nn.Conv2d of a module while the caller runs it.
 
@@ -41,6 +46,8 @@ def observe(
         module: the denoiser, or any module with Linear or Conv2d layers.
         backend: kernel backend; None lets the dispatcher choose.
         input_max: find the largest |x| of each layer too, which static FP8 activations need.
+        record: how many calls of the module to keep, for measuring impact: a sample of all calls,
+            copied to the CPU. Or a recorder that knows which.
     Yields:
         A calibration that is empty inside the block and filled when it ends without an error.
         The hooks are removed in any case.
@@ -60,14 +67,18 @@ def observe(
             "observe. Pass the denoiser itself (pipeline.unet or pipeline.transformer)."
         )
     calibration = Calibration()
+    recorder = record if isinstance(record, Recorder) else Recorder(record)
     with ExitStack() as hooks:
         hooks.callback(shared.forget)
+        if record:
+            hooks.callback(recorder.attach(module).remove)
         for monitor in monitors:
             hooks.callback(monitor.attach().remove)
         # Nor do two captured forwards share what they know of an input that outlives them.
         hooks.callback(module.register_forward_hook(_uncompiled(shared.end_forward)).remove)
         yield calibration
     calibration.modules.update({monitor.name: monitor.statistics() for monitor in monitors})
+    calibration.records = recorder.records()
     _warn_of_gaps(calibration)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from hswq.calibration.calls import Recorder
 from hswq.calibration.embeddings import Embeddings, check_embeddings
 from hswq.calibration.observer import observe
 from hswq.calibration.prompts import prompts_hash
@@ -40,6 +41,10 @@ def run_calibration(
     for every device, and takes prompt i modulo their number. Statistics of disjoint samples merge
     to those of one run, bit for bit.
 
+    Where the ranking is by impact, the denoiser's calls in `config.calls` steps are recorded,
+    spread evenly over the sampler's schedule and each, as far as there are enough, of another
+    sample.
+
     Args:
         pipeline: diffusers pipeline with a `unet` or a `transformer`, on its device.
         sampler: how the family's pipeline is called.
@@ -53,81 +58,176 @@ def run_calibration(
         InputError: the latent size, the samples or the embeddings do not fit, or every sample
             ended in NaN or Inf.
     """
-    indices = list(range(config.samples)) if samples is None else list(samples)
-    if not indices or min(indices) < 0 or len(set(indices)) != len(indices):
-        raise InputError(f"samples are {indices[:10]}; distinct indices >= 0 are needed.")
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    pixels = _pixels(pipeline, sampler, config.latent)
-    steps, guidance = sampling_settings(sampler, denoiser.config, config)
-    if isinstance(conditioning, Embeddings):
-        check_embeddings(
-            conditioning, sampler.embeddings(guidance), sampler.widths(denoiser.config)
-        )
-    if max(indices) >= len(conditioning):
-        logger.info(
-            "%d prompts for samples up to %d: they are used again from the first, with other noise",
-            len(conditioning),
-            max(indices),
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    finite = 0
-    input_max = config.activations == "fp8"
-    with observe(denoiser, backend=config.backend, input_max=input_max) as calibration:
-        for position, index in enumerate(indices):
+    run = SamplingRun(pipeline, sampler, config, conditioning, samples)
+    recorder = Recorder(0)
+    recorder.armed = False
+    wanted = run.recorded_steps() if config.sensitivity == "impact" else set()
 
-            def report(pipe: Any, step: int, _: Any, tensors: Any, done: int = position) -> Any:
-                every = pipe.num_timesteps
-                progress("calibrate", done * every + step + 1, len(indices) * every)
-                return tensors
+    def before(sample: int, step: int) -> None:
+        recorder.armed = (sample, step) in wanted
 
-            if isinstance(conditioning, Embeddings):
-                given = sampler.arguments(
-                    conditioning.sample(index, denoiser.device, denoiser.dtype), guidance
-                )
-            else:
-                given = sampler.prompted(conditioning[index % len(conditioning)], guidance)
-            latents = pipeline(
-                **given,
-                **sampler.guided(guidance),
-                height=pixels,
-                width=pixels,
-                num_inference_steps=steps,
-                generator=torch.Generator("cpu").manual_seed(config.seed + index),
-                output_type="latent",
-                callback_on_step_end=report,
-            ).images
-            finite += bool(torch.isfinite(latents).all())
+    observed = observe(
+        run.denoiser,
+        backend=config.backend,
+        input_max=config.activations == "fp8",
+        record=recorder if wanted else 0,
+    )
+    with observed as calibration:
+        finite = run.all_samples("calibrate", progress, before)
         if finite == 0:
             raise InputError(
-                f"all {len(indices)} samples ended in NaN or Inf with the denoiser in "
-                f"{_dtype_name(denoiser)}: its activations overflow, or the checkpoint is damaged. "
+                f"all {len(run.indices)} samples ended in NaN or Inf with the denoiser in "
+                f"{run.dtype}: its activations overflow, or the checkpoint is damaged. "
                 "Run with --calib-dtype bf16 or fp32."
             )
-    if finite < len(indices):
+    if finite < len(run.indices):
         logger.warning(
             "%d of %d samples ended in NaN or Inf; use --calib-dtype bf16 or fp32",
-            len(indices) - finite,
-            len(indices),
+            len(run.indices) - finite,
+            len(run.indices),
         )
-    calibration.settings = {
-        "steps": steps,
-        "latent": config.latent,
-        "guidance": guidance,
-        "seed": config.seed,
-        **_conditioning_hash(conditioning),
-        **_sampler_settings(pipeline),
-        "dtype": _dtype_name(denoiser),
-    }
-    calibration.samples = tuple(sorted(indices))
+    calibration.settings = run.settings()
+    calibration.samples = tuple(sorted(run.indices))
     logger.info(
         "calibrated %d layers: %d samples of %d steps at %d pixels, %s",
         len(calibration.modules),
-        len(indices),
-        steps,
-        pixels,
-        _dtype_name(denoiser),
+        len(run.indices),
+        run.steps,
+        run.pixels,
+        run.dtype,
     )
     return calibration
+
+
+class SamplingRun:
+    """The samples of a calibration, which can be run again: equal seeds, equal calls.
+
+    Args:
+        pipeline: see `run_calibration`, as for the other arguments.
+        sampler: how the family's pipeline is called.
+        config: steps, latent, guidance, seed and the number of samples.
+        conditioning: prompts or embeddings.
+        samples: indices to run; None runs 0 .. config.samples - 1.
+    Raises:
+        InputError: the latent size, the samples or the embeddings do not fit.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        sampler: Sampler,
+        config: CalibrationConfig,
+        conditioning: Sequence[str] | Embeddings,
+        samples: Sequence[int] | None = None,
+    ) -> None:
+        self.indices = list(range(config.samples)) if samples is None else list(samples)
+        if not self.indices or min(self.indices) < 0 or len(set(self.indices)) < len(self.indices):
+            raise InputError(f"samples are {self.indices[:10]}; distinct indices >= 0 are needed.")
+        self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        self.pixels = _pixels(pipeline, sampler, config.latent)
+        self.steps, self.guidance = sampling_settings(sampler, self.denoiser.config, config)
+        self._pipeline, self._sampler, self._config = pipeline, sampler, config
+        self._conditioning = conditioning
+        if isinstance(conditioning, Embeddings):
+            check_embeddings(
+                conditioning,
+                sampler.embeddings(self.guidance),
+                sampler.widths(self.denoiser.config),
+            )
+        if max(self.indices) >= len(conditioning):
+            logger.info(
+                "%d prompts for samples up to %d: they are used again from the first, with other "
+                "noise",
+                len(conditioning),
+                max(self.indices),
+            )
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def dtype(self) -> str:
+        """The denoiser's dtype by name."""
+        return str(self.denoiser.dtype).removeprefix("torch.")
+
+    def recorded_steps(self) -> set[tuple[int, int]]:
+        """Return (sample, step) of the steps whose calls are recorded."""
+        count = min(self._config.calls, len(self.indices) * self.steps)
+        chosen = set()
+        for number in range(count):
+            step = (2 * number + 1) * self.steps // (2 * count)
+            free = (
+                sample
+                for offset in range(len(self.indices))
+                for sample in [self.indices[(number + offset) % len(self.indices)]]
+                if (sample, step) not in chosen
+            )
+            chosen.add((next(free), step))
+        return chosen
+
+    def all_samples(
+        self,
+        phase: str,
+        progress: Progress = no_progress,
+        before: Callable[[int, int], None] = lambda sample, step: None,
+    ) -> int:
+        """Run every sample.
+
+        Args:
+            phase: name of the phase for `progress`, which is called after every sampler step.
+            progress: see `run_calibration`.
+            before: called with sample and step before each sampler step.
+        Returns:
+            How many samples ended in finite latents.
+        """
+        return sum(
+            self._sample(position, index, phase, progress, before)
+            for position, index in enumerate(self.indices)
+        )
+
+    def _sample(
+        self,
+        position: int,
+        index: int,
+        phase: str,
+        progress: Progress,
+        before: Callable[[int, int], None],
+    ) -> bool:
+        def report(pipe: Any, step: int, _: Any, tensors: Any) -> Any:
+            every = pipe.num_timesteps
+            progress(phase, position * every + step + 1, len(self.indices) * every)
+            before(index, step + 1)
+            return tensors
+
+        before(index, 0)
+        latents = self._pipeline(
+            **self._arguments(index),
+            **self._sampler.guided(self.guidance),
+            height=self.pixels,
+            width=self.pixels,
+            num_inference_steps=self.steps,
+            generator=torch.Generator("cpu").manual_seed(self._config.seed + index),
+            output_type="latent",
+            callback_on_step_end=report,
+        ).images
+        return bool(torch.isfinite(latents).all())
+
+    def _arguments(self, index: int) -> dict[str, Any]:
+        given = self._conditioning
+        if isinstance(given, Embeddings):
+            sample = given.sample(index, self.denoiser.device, self.denoiser.dtype)
+            return self._sampler.arguments(sample, self.guidance)
+        return self._sampler.prompted(given[index % len(given)], self.guidance)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the statistics depend on beside the checkpoint and the samples."""
+        return {
+            "steps": self.steps,
+            "latent": self._config.latent,
+            "guidance": self.guidance,
+            "seed": self._config.seed,
+            **_conditioning_hash(self._conditioning),
+            **_sampler_settings(self._pipeline),
+            "dtype": self.dtype,
+        }
 
 
 def sampling_settings(
@@ -155,10 +255,6 @@ def _pixels(pipeline: Any, sampler: Sampler, latent: int) -> int:
             f"of {step * scale} is needed: use --latent {-(-latent // step) * step}."
         )
     return latent * scale
-
-
-def _dtype_name(denoiser: Any) -> str:
-    return str(denoiser.dtype).removeprefix("torch.")
 
 
 def _conditioning_hash(conditioning: Sequence[str] | Embeddings) -> dict[str, str]:

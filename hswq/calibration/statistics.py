@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hswq import __version__
+from hswq.calibration.calls import Call
+from hswq.calibration.impact import Impact
 from hswq.errors import FormatError, InputError
+from hswq.formats.dtypes import DTYPE_NAMES
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.kernels.fixed_point import (
@@ -23,9 +27,12 @@ from hswq.kernels.fixed_point import (
     fixed_to_fraction,
 )
 from hswq.models.map import ModelMap
+from hswq.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from hswq.config import CalibrationConfig
 
 STATISTICS_VERSION = "1"
 
@@ -117,6 +124,8 @@ class Calibration:
         fingerprint: hash of that checkpoint's weights.
         settings: steps, latent, guidance, seed, hash of the prompts and the like; JSON values.
         samples: indices of the samples that were run.
+        records: some calls of the denoiser, for measuring impact.
+        impact: what quantizing each layer alone changes, where that was measured.
     """
 
     modules: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -124,6 +133,8 @@ class Calibration:
     fingerprint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     samples: tuple[int, ...] = ()
+    records: tuple[Call, ...] = ()
+    impact: Impact | None = None
 
     def calls(self, name: str) -> int:
         """Return how many calls of the layer were counted."""
@@ -182,8 +193,30 @@ class Calibration:
         """Return the largest finite |x| of the layer; None where it was not looked for."""
         return self._layer(name).input_max
 
+    def measured_impact(self, names: Iterable[str]) -> float | None:
+        """Return the impact of several layers, a unit's; None where it was not measured."""
+        if self.impact is None:
+            return None
+        values = [self.impact.values.get(name) for name in names]
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    def measure_impact(
+        self, module: nn.Module, config: CalibrationConfig, *, progress: Progress = no_progress
+    ) -> Impact:
+        """Replay the recorded calls with one unit quantized at a time.
+
+        See `hswq.plan.impact.measure_impact`.
+        """
+        from hswq.plan.impact import measure_impact
+
+        return measure_impact(module, self, config, progress=progress)
+
     def merge(self, other: Calibration) -> Calibration:
         """Return the statistics of both runs; the same bits in either order.
+
+        Recorded calls are put together in the order of the samples; a measured impact, which
+        belongs to the calls of one of them, is dropped.
 
         Raises:
             InputError: layers, settings, checkpoint or map differ, a sample is in both, or a sum
@@ -208,12 +241,14 @@ class Calibration:
                 f"statistics cannot be merged: samples {twice[:10]} are in both, and each may "
                 "count once. Calibrate disjoint samples."
             )
+        first, second = sorted((self, other), key=lambda part: part.samples)
         return Calibration(
             {name: layer.merged(other.modules[name]) for name, layer in self.modules.items()},
             self.model_map,
             self.fingerprint,
             dict(self.settings),
             tuple(sorted(self.samples + other.samples)),
+            records=first.records + second.records,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -221,7 +256,8 @@ class Calibration:
 
         Tensors, all int64: 'calls' and 'skipped' [L], 'mean_y' and 'mean_y2' [L, 2] (units of
         2**-8, rest in units of 2**-56), and 'abs_mean.NAME' [I] for every layer. Where the largest
-        inputs were looked for in all layers, 'input_max' [L], the bits of their float32.
+        inputs were looked for in all layers, 'input_max' [L], the bits of their float32. Recorded
+        calls: 'call.N.K', the tensors of call N in their own dtypes, its structure in the metadata.
 
         Raises:
             InputError: the file cannot be written.
@@ -250,7 +286,19 @@ class Calibration:
             metadata["hswq.model_map"] = self.model_map.to_json()
         if self.fingerprint is not None:
             metadata["hswq.fingerprint"] = self.fingerprint
-        specs = [TensorSpec(key, "I64", tuple(tensor.shape)) for key, tensor in tensors.items()]
+        if self.impact is not None:
+            metadata["hswq.impact"] = self.impact.to_json()
+        structures = []
+        for number, call in enumerate(self.records):
+            structure, parts = call.to_parts()
+            structures.append(structure)
+            tensors |= {f"call.{number}.{place}": part for place, part in enumerate(parts)}
+        if structures:
+            metadata["hswq.calls"] = json.dumps(structures)
+        specs = [
+            TensorSpec(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            for key, tensor in tensors.items()
+        ]
         with CheckpointWriter(path, specs, len(json.dumps(metadata))) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)
@@ -288,7 +336,11 @@ class Calibration:
     @classmethod
     def _read(cls, checkpoint: Checkpoint) -> Calibration:
         metadata = checkpoint.metadata
-        floating = [key for key, info in checkpoint.tensors.items() if info.dtype != "I64"]
+        floating = [
+            key
+            for key, info in checkpoint.tensors.items()
+            if info.dtype != "I64" and not key.startswith("call.")
+        ]
         if floating:
             raise TypeError(f"tensor {floating[0]!r} is not I64")
         layouts = json.loads(metadata["hswq.layers"])
@@ -313,13 +365,19 @@ class Calibration:
                 checkpoint.read(f"abs_mean.{name}"),
                 input_max,
             )
-        stored_map = metadata.get("hswq.model_map")
+        stored_map, impact = metadata.get("hswq.model_map"), metadata.get("hswq.impact")
+        structures = json.loads(metadata.get("hswq.calls", "[]"))
         return cls(
             modules,
             None if stored_map is None else ModelMap.from_json(stored_map),
             metadata.get("hswq.fingerprint"),
             json.loads(metadata["hswq.settings"]),
             tuple(json.loads(metadata["hswq.samples"])),
+            tuple(
+                Call.from_parts(text, _call_tensors(checkpoint, number))
+                for number, text in enumerate(structures)
+            ),
+            None if impact is None else Impact.from_json(impact),
         )
 
     def _layer(self, name: str) -> LayerStatistics:
@@ -332,6 +390,12 @@ class Calibration:
 
     def _layouts(self) -> list[tuple[str, tuple[str, tuple[int, ...], int]]]:
         return [(name, layer.layout) for name, layer in self.modules.items()]
+
+
+def _call_tensors(checkpoint: Checkpoint, number: int) -> list[Tensor]:
+    keys = (f"call.{number}.{place}" for place in itertools.count())
+    known = itertools.takewhile(lambda key: key in checkpoint.tensors, keys)
+    return [checkpoint.read(key) for key in known]
 
 
 def is_statistics(checkpoint: Checkpoint) -> bool:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import os
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from hswq.calibration import (
     Calibration,
     Embeddings,
+    SamplingRun,
     check_embeddings,
     encode_prompts,
     load_embeddings,
@@ -23,13 +28,18 @@ from hswq.calibration import (
 )
 from hswq.config import CalibrationConfig
 from hswq.driver.source import Source, open_source
-from hswq.errors import BackendError
+from hswq.errors import BackendError, HswqError
 from hswq.models.denoiser import denoiser_config
 from hswq.models.families import FAMILIES
 from hswq.models.fingerprint import fingerprint
 from hswq.models.map import ModelMap
 from hswq.models.sampler import Sampler
+from hswq.plan import measure_impact
 from hswq.progress import Progress, no_progress
+
+logger = logging.getLogger(__name__)
+
+_SAVE_EVERY_S = 60.0
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +63,7 @@ def resolve_device(name: str) -> torch.device:
 def calibrate_checkpoint(
     src: str | os.PathLike[str],
     config: CalibrationConfig,
+    output: str | os.PathLike[str] | None = None,
     *,
     progress: Progress = no_progress,
 ) -> Calibration:
@@ -61,6 +72,9 @@ def calibrate_checkpoint(
     Args:
         src: single file, sharded index or diffusers folder.
         config: samples, steps, prompts and the like.
+        output: statistics file to write, and to write again from time to time while impact is
+            measured. Where it holds an unfinished measurement of the same run, that is gone on
+            with. None writes nothing.
         progress: called with (phase, done, total).
     Returns:
         Statistics of every Linear and Conv2d of the denoiser, with the traced map and the
@@ -70,10 +84,12 @@ def calibrate_checkpoint(
         FormatError: a file is damaged.
     """
     with open_source(src) as source:
-        return calibrate_source(source, config, progress)
+        return calibrate_source(source, config, progress, None if output is None else Path(output))
 
 
-def calibrate_source(source: Source, config: CalibrationConfig, progress: Progress) -> Calibration:
+def calibrate_source(
+    source: Source, config: CalibrationConfig, progress: Progress, output: Path | None = None
+) -> Calibration:
     """Calibrate an open checkpoint; see `calibrate_checkpoint`."""
     # Runs with given statistics do without the pipeline.
     from hswq.models.pipeline import build_pipeline
@@ -105,10 +121,58 @@ def calibrate_source(source: Source, config: CalibrationConfig, progress: Progre
         conditioning = given or _encode(build(None), sampler, config, guidance, prompts, progress)
         _free_cached_memory(device)
         pipeline = build(model_map, encoders=False)
-        calibration = run_calibration(pipeline, sampler, config, conditioning, progress=progress)
-    calibration.model_map = model_map
-    calibration.fingerprint = fingerprint(checkpoint, model_map)
+        identity = fingerprint(checkpoint, model_map)
+        run = SamplingRun(pipeline, sampler, config, conditioning)
+        calibration = _unfinished(output, run, identity, config)
+        if calibration is None:
+            calibration = run_calibration(
+                pipeline, sampler, config, conditioning, progress=progress
+            )
+            calibration.model_map, calibration.fingerprint = model_map, identity
+        if config.sensitivity == "impact":
+            measure_impact(
+                *(run.denoiser, calibration, config),
+                progress=progress,
+                save=_saver(calibration, output),
+            )
+    if output is not None:
+        calibration.save(output)
     return calibration
+
+
+def _unfinished(
+    output: Path | None, run: SamplingRun, identity: str, config: CalibrationConfig
+) -> Calibration | None:
+    """Return the statistics of an equal run whose measurement of impact was interrupted."""
+    if output is None or config.sensitivity != "impact" or not output.is_file():
+        return None
+    try:
+        found = Calibration.load(output)
+    except HswqError:
+        return None
+    same = (found.fingerprint, found.settings, found.samples) == (
+        *(identity, json.loads(json.dumps(run.settings()))),
+        tuple(run.indices),
+    )
+    if not same or found.impact is None or found.impact.values:
+        return None
+    if config.activations == "fp8" and any(found.input_max(name) is None for name in found.modules):
+        return None
+    logger.info("going on with the measurement of impact in %s", output)
+    return found
+
+
+def _saver(calibration: Calibration, output: Path | None) -> Callable[[], None]:
+    """Return a function that saves the statistics when the last time was long enough ago."""
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        if output is not None and time.monotonic() - saved > _SAVE_EVERY_S:
+            calibration.save(output)
+            saved = time.monotonic()
+
+    return save
 
 
 def _encode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 import hswq
 from hswq import kernels
 from hswq.calibration import Calibration
-from hswq.config import QuantizeConfig
+from hswq.config import BUDGETS, QuantizeConfig
 from hswq.driver.source import Source
 from hswq.errors import InputError
 from hswq.formats.containers import (
@@ -23,6 +24,7 @@ from hswq.formats.containers import (
     container_metadata,
     extra_specs,
 )
+from hswq.formats.dtypes import DTYPES
 from hswq.formats.e4m3 import E4M3_MAX
 from hswq.formats.reader import TensorInfo
 from hswq.formats.writer import CheckpointWriter, TensorSpec
@@ -32,6 +34,7 @@ from hswq.plan import (
     Candidate,
     LayerPlan,
     Plan,
+    check_impact,
     keep_preset,
     plan_options,
     select_layers,
@@ -186,6 +189,8 @@ def list_candidates(
                 kind=unit.kind,
                 shape=unit.shape,
                 sensitivity=None if calibration is None else calibration.joint_sensitivity(rows),
+                impact=None if calibration is None else calibration.measured_impact(rows),
+                kept_bytes=math.prod(unit.shape) * (DTYPES[dtype].itemsize - 1),
             )
         )
     return candidates
@@ -204,7 +209,9 @@ def smallest_output_bytes(source: Source, config: QuantizeConfig, model_map: Mod
         replace(layer, sensitivity=0.0) for layer in list_candidates(source, model_map, None)
     ]
     preset = keep_preset(FAMILIES[model_map.family], config)
-    layers = select_layers(candidates, replace(config, keep_ratio=0.0), preset)
+    nothing: dict[str, Any] = {**dict.fromkeys(BUDGETS), "keep_ratio": 0.0}
+    nothing["sensitivity"] = "variance"
+    layers = select_layers(candidates, replace(config, **nothing), preset)
     fp8 = {
         unit.key for unit, layer in zip(model_map.units(), layers, strict=True) if layer.quantized
     }
@@ -218,17 +225,46 @@ def make_job(
     model_map: ModelMap,
     device: torch.device,
 ) -> Job:
+    """Decide what happens to every layer, and lay out the output file.
+
+    Raises:
+        PlanError: an option does not fit the layers.
+        InputError: the statistics lack what the options ask for.
+    """
+    check_impact(calibration, config)
     units = {unit.key: unit for unit in model_map.units()}
     candidates = list_candidates(source, model_map, calibration)
+
+    def outline(layers: Sequence[LayerPlan]) -> Job:
+        by_key = dict(zip(units, layers, strict=True))
+        job = Job(source, calibration, config, units, by_key, (), 0, device)
+        fp8 = {layer.key for layer in job.quantized_layers}
+        specs = _model_specs(source, fp8)
+        specs += extra_specs(config.container, job.quantized_layers, model_map.prefix)
+        longest = AmaxResult(_LONGEST_FLOAT, _LONGEST_FLOAT, _LONGEST_FLOAT, 1.0)
+        upper_bound = job.metadata(job.plan(dict.fromkeys(fp8, longest), 10**19))
+        size = len(json.dumps(upper_bound).encode())
+        return replace(job, specs=tuple(specs), metadata_bytes=size)
+
+    def room(fp8: Sequence[str]) -> float:
+        names = set(fp8)
+        layers = [
+            LayerPlan(
+                *(layer.name, layer.kind, layer.shape, layer.name in names),
+                scaled=config.scaled and can_scale(config.container, layer.kind),
+                # As long as the longest that a plan may hold.
+                reason="among the most sensitive",
+                sensitivity=_LONGEST_FLOAT,
+                impact=_LONGEST_FLOAT,
+            )
+            for layer in candidates
+        ]
+        job = outline(layers)
+        size = CheckpointWriter.predict_file_bytes(job.specs, job.metadata_bytes)
+        return config.budget[1] - size
+
     preset = keep_preset(FAMILIES[model_map.family], config)
-    layers = dict(zip(units, select_layers(candidates, config, preset), strict=True))
-    job = Job(source, calibration, config, units, layers, (), 0, device)
-    fp8 = {layer.key for layer in job.quantized_layers}
-    specs = _model_specs(source, fp8)
-    specs += extra_specs(config.container, job.quantized_layers, model_map.prefix)
-    longest = AmaxResult(_LONGEST_FLOAT, _LONGEST_FLOAT, _LONGEST_FLOAT, 1.0)
-    upper_bound = job.metadata(job.plan(dict.fromkeys(fp8, longest), 10**19))
-    return replace(job, specs=tuple(specs), metadata_bytes=len(json.dumps(upper_bound).encode()))
+    return outline(select_layers(candidates, config, preset, room))
 
 
 def _model_specs(source: Source, fp8: set[str]) -> list[TensorSpec]:

@@ -133,9 +133,8 @@ def _prepare(
         if target is not None:
             check_room(target, least_bytes)
         with watch.phase("calibrate"):
-            calibration = calibrate_source(source, config, progress)
-            if config.save_stats is not None:
-                calibration.save(config.save_stats)
+            kept = None if config.save_stats is None else Path(config.save_stats)
+            calibration = calibrate_source(source, config, progress, kept)
     with watch.phase("plan"):
         model_map = source.map_from(calibration, config.pipeline)
         check_statistics(source, model_map, calibration, where)

@@ -102,10 +102,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from hswq.fast.render import render_facts
 
     check_outputs(arguments.input, config, arguments.output)
-    calibration = _with_bars(
-        arguments, lambda progress: calibrate_checkpoint(arguments.input, config, progress=progress)
+    _with_bars(
+        arguments,
+        lambda progress: calibrate_checkpoint(
+            arguments.input, config, arguments.output, progress=progress
+        ),
     )
-    calibration.save(arguments.output)
     facts = inspect_path(arguments.output)
     _show(arguments, facts, render_facts(facts))
 

@@ -9,6 +9,7 @@ from hswq.config import QuantizeConfig
 from hswq.errors import PlanError
 from hswq.models.families import FAMILIES
 from hswq.models.family import Family
+from hswq.plan.impact import check_impact
 from hswq.plan.plan import Plan
 from hswq.plan.select import Candidate, select_layers
 from hswq.search import Layer, search_layers
@@ -23,7 +24,7 @@ def plan_options(config: QuantizeConfig) -> dict[str, object]:
         "conv": config.conv,
         "sensitivity": config.sensitivity,
         "rounding": config.rounding,
-        "keep_ratio": config.effective_keep_ratio,
+        **_budget(config),
         "keep": list(config.keep),
         "quantize": list(config.quantize),
         "bins": bins,
@@ -33,6 +34,12 @@ def plan_options(config: QuantizeConfig) -> dict[str, object]:
         **({} if config.keep_preset == "none" else {"keep_preset": config.keep_preset}),
         **({"activations": "fp8"} if config.activations == "fp8" else {}),
     }
+
+
+def _budget(config: QuantizeConfig) -> dict[str, float | str]:
+    name, value = config.budget
+    # As it was given: 4.5GB and not a number of bytes.
+    return {name: value if config.target_size is None else config.target_size}
 
 
 def keep_preset(family: Family | None, config: QuantizeConfig) -> tuple[str, ...]:
@@ -82,9 +89,11 @@ def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfi
             kind="linear" if isinstance(part, nn.Linear) else "conv2d",
             shape=tuple(part.weight.shape),
             sensitivity=calibration.sensitivity(name),
+            impact=calibration.measured_impact([name]),
         )
         for name, part in modules.items()
     ]
+    check_impact(calibration, config)
     bins, thresholds, refinements = config.search_settings
     selected = select_layers(candidates, config, _preset(module, config))
     wanted = [layer for layer in selected if layer.quantized]

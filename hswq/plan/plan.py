@@ -28,6 +28,8 @@ class LayerPlan:
         scaled: True where a scale is stored and applied (V2).
         reason: why, in a few words.
         sensitivity: output variance S of the calibration; None without a counted call.
+        impact: relative squared change of the denoiser's output when this layer alone is quantized;
+            None where it was not measured.
         amax: threshold found by the search; None before the search and for kept layers.
         mse: objective J at amax.
         relative_mse: J over the weighted power of the weight.
@@ -40,6 +42,7 @@ class LayerPlan:
     scaled: bool
     reason: str
     sensitivity: float | None = None
+    impact: float | None = None
     amax: float | None = None
     mse: float | None = None
     relative_mse: float | None = None

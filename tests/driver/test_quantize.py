@@ -281,3 +281,20 @@ def test_peers_preset_keeps_sdxls_embeddings_and_ends(tiny: Tiny, tmp_path: Path
     assert any(name.endswith("skip_connection") for name in kept)
     assert not any("attn" in name for name in kept)
     assert report.plan.options["keep_preset"] == "peers"
+
+
+def test_target_size_is_met_and_used(tiny: Tiny, tmp_path: Path) -> None:
+    """A file one byte too large does not fit the card; one far too small wastes it."""
+    output = tmp_path / "out.safetensors"
+    smallest = hswq.quantize_checkpoint(tiny.checkpoint, output, tiny.config(keep_ratio=0.0))
+    for extra in (0, 40_000, 400_000):
+        # The plan's text for kept layers is a little longer than for FP8 ones.
+        size = smallest.output_bytes + 60_000 + extra
+        report = hswq.quantize_checkpoint(
+            tiny.checkpoint, output, tiny.config(target_size=str(size))
+        )
+        assert report.output_bytes <= size
+        free = [layer.numel for layer in report.plan.quantized]
+        assert size - report.output_bytes < 60_000 + min(free)
+    with pytest.raises(hswq.errors.PlanError, match="cannot be met"):
+        hswq.quantize_checkpoint(tiny.checkpoint, output, tiny.config(target_size="100KB"))

@@ -130,3 +130,136 @@ def test_plan_survives_saving(tmp_path) -> None:
     path.write_text(path.read_text().replace('"plan_version": 1', '"plan_version": 9'))
     with pytest.raises(ValueError, match=r"version 9.*reads version 1"):
         Plan.load(path)
+
+
+def sized(name: str, size: int, sensitivity: float, impact: float | None = None) -> Candidate:
+    return Candidate(name, (), "linear", (size, 1), sensitivity, impact, kept_bytes=size)
+
+
+# Impact per weight ranks b, a, d, c; variance c, a, b, d.
+SIZED = [
+    sized("a", 30, 3.0, 30.0),
+    sized("b", 10, 2.0, 20.0),
+    sized("c", 50, 4.0, 5.0),
+    sized("d", 10, 1.0, 8.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "share", "names"),
+    [
+        ("impact", 0.0, set()),
+        ("impact", 0.1, {"b"}),
+        # a no longer fits, d does: the whole ranking is walked.
+        ("impact", 0.2, {"b", "d"}),
+        ("impact", 0.4, {"b", "a"}),
+        ("impact", 1.0, {"a", "b", "c", "d"}),
+        # By variance, not per weight.
+        ("variance", 0.5, {"c"}),
+        ("variance", 0.6, {"c", "b"}),
+        ("variance", 0.3, {"a"}),
+    ],
+)
+def test_byte_budget_takes_what_fits(sensitivity: str, share: float, names: set[str]) -> None:
+    """A budget that stops at the first layer too large is left half unused."""
+    config = QuantizeConfig(keep_bytes=share, sensitivity=sensitivity)
+    assert kept(select_layers(SIZED, config)) == names
+
+
+def test_byte_budget_is_not_spent_on_layers_that_stay_anyway() -> None:
+    """--keep would else push the most sensitive layer out."""
+    config = QuantizeConfig(keep_bytes=0.1, sensitivity="impact", keep=("^c$",))
+    assert kept(select_layers(SIZED, config)) == {"b", "c"}
+    config = QuantizeConfig(keep_bytes=0.1, sensitivity="impact", quantize=("^b$",))
+    assert kept(select_layers(SIZED, config)) == {"d"}
+
+
+def test_share_is_that_of_the_quantizable_weights() -> None:
+    """Convolutions that the container cannot hold are no part of the model that is decided on."""
+    conv = Candidate("conv", (), "conv2d", (100, 1, 1, 1), 9.0, 9.0)
+    config = QuantizeConfig(keep_bytes=0.1, sensitivity="impact", conv="16bit")
+    assert kept(select_layers([*SIZED, conv], config)) == {"b", "conv"}
+
+
+@pytest.mark.parametrize(
+    ("left", "names"), [(0, set()), (9, set()), (10, {"b"}), (25, {"b", "d"}), (40, {"b", "a"})]
+)
+def test_target_size_fills_the_room_that_is_left(left: int, names: set[str]) -> None:
+    """What the smallest file leaves free is spent on layers, and no byte more."""
+    asked = []
+
+    def room(fp8: object) -> float:
+        asked.append(fp8)
+        return left
+
+    config = QuantizeConfig(target_size="1GB", sensitivity="impact")
+    assert kept(select_layers(SIZED, config, room=room)) == names
+    assert asked == [["a", "b", "c", "d"]]
+
+
+def test_target_size_that_cannot_be_met_is_told() -> None:
+    """The user must learn by how much."""
+    config = QuantizeConfig(target_size="1kB", sensitivity="impact")
+    with pytest.raises(PlanError, match=r"--target-size 1kB cannot be met.* 1,234 bytes larger"):
+        select_layers(SIZED, config, room=lambda fp8: -1234)
+    with pytest.raises(PlanError, match="needs a file"):
+        select_layers(SIZED, config)
+
+
+@pytest.mark.parametrize(
+    ("limit", "names"),
+    [(63.0, set()), (62.9, {"b"}), (43.0, {"b"}), (13.0, {"a", "b"}), (0.0, {"a", "b", "c", "d"})],
+)
+def test_max_error_keeps_as_little_as_it_can(limit: float, names: set[str]) -> None:
+    """The impacts of the quantized layers add up to the limit at most."""
+    config = QuantizeConfig(max_error=limit, sensitivity="impact")
+    assert kept(select_layers(SIZED, config)) == names
+
+
+def test_max_error_that_quantize_exceeds_is_told() -> None:
+    """Keeping everything else would not help."""
+    config = QuantizeConfig(max_error=4.0, sensitivity="impact", quantize=("^c$",))
+    with pytest.raises(PlanError, match=r"--max-error 4 cannot be met.*impact of 5"):
+        select_layers(SIZED, config)
+
+
+def test_keep_ratio_ranks_by_impact_where_it_is_asked_to() -> None:
+    """By layer and not by weight, as the seed counts."""
+    config = QuantizeConfig(keep_ratio=0.5, sensitivity="impact")
+    assert kept(select_layers(SIZED, config)) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_ratio": 0.1, "keep_bytes": 0.1},
+        {"keep_bytes": 0.0, "target_size": "1GB"},
+        {"target_size": "1GB", "max_error": 0.1, "sensitivity": "impact"},
+    ],
+)
+def test_budgets_exclude_each_other(options: dict[str, object]) -> None:
+    """One of two would be ignored; 0.0 is a budget too."""
+    with pytest.raises(OptionError, match="exclude each other: give one budget"):
+        QuantizeConfig(**options)
+
+
+def test_max_error_needs_impact() -> None:
+    """Variances do not add up to an error."""
+    with pytest.raises(OptionError, match="add --sensitivity impact"):
+        QuantizeConfig(max_error=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4.5GB", 4_500_000_000), ("4 GiB", 4 << 30), ("12mb", 12_000_000), ("1024", 1024)],
+)
+def test_sizes(text: str, size: int) -> None:
+    """GB and GiB differ by 7 %."""
+    assert QuantizeConfig(target_size=text).budget == ("target_size", float(size))
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4.5", "-1GB", "0", "4TB", "1.2.3GB", "nan"])
+def test_sizes_that_are_none(text: str) -> None:
+    """4.5 bytes is never what was meant."""
+    with pytest.raises(OptionError, match=r"--target-size is .* 4\.5GB or 4GiB"):
+        QuantizeConfig(target_size=text)

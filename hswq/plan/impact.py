@@ -1,0 +1,241 @@
+"""Measured impact: what quantizing one unit alone changes in the denoiser's output."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hswq import kernels
+from hswq.calibration import Calibration, Impact
+from hswq.config import CalibrationConfig
+from hswq.errors import InputError
+from hswq.formats.containers import can_scale
+from hswq.formats.e4m3 import E4M3_MAX
+from hswq.plan.replay import Replay
+from hswq.progress import Progress, no_progress
+from hswq.search import search_amax
+
+logger = logging.getLogger(__name__)
+
+# Units are measured in this many interleaved rounds: late ones run faster than early ones, and an
+# estimate of the time to come would else be wrong by half.
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one layer of a unit becomes.
+
+    Attributes:
+        name: of the layer's module.
+        weight: its weight as a reader of the file decodes it, float32.
+        bias: its corrected bias; None where it stays.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Rounder(Protocol):
+    """Gives a unit's layers as they will be after quantization."""
+
+    def __call__(self, unit: Sequence[str]) -> list[Part]: ...
+
+
+def units_of(module: nn.Module, calibration: Calibration) -> list[tuple[str, ...]]:
+    """Return the units of decision as names of layers: fused weights' layers together.
+
+    Raises:
+        InputError: the module has no Linear and no Conv2d.
+    """
+    layers = [
+        name for name, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))
+    ]
+    if not layers:
+        raise InputError(f"{type(module).__name__} has no nn.Linear and no nn.Conv2d to quantize.")
+    model_map = calibration.model_map
+    if model_map is not None and {spec.name for spec in model_map.modules} == set(layers):
+        return [tuple(spec.name for spec in unit.modules) for unit in model_map.units()]
+    return [(name,) for name in layers]
+
+
+def measure_impact(
+    module: nn.Module,
+    calibration: Calibration,
+    config: CalibrationConfig,
+    *,
+    rounder: Rounder | None = None,
+    progress: Progress = no_progress,
+    save: Callable[[], None] | None = None,
+) -> Impact:
+    """Quantize each unit alone, replay the recorded calls, and keep the change of the output.
+
+    impact(u) = mean over calls of sum (y_u - y)^2 / sum y^2, y the module's output as it is and
+    y_u with unit u quantized. Blocks that ran before the unit are not run again.
+
+    Args:
+        module: the denoiser that `calibration` observed; unchanged in the end.
+        calibration: holds records; its `impact` is filled, and taken up again where an earlier
+            measurement with the same options was interrupted.
+        config: scaled, container, conv, the search and the rounding are read.
+        rounder: gives the units quantized; None rounds to nearest.
+        progress: called with ('impact', runs done, runs in all).
+        save: called from time to time with the measurement so far in `calibration.impact`.
+    Returns:
+        The impact of every layer; that of a fused weight is divided among its layers by size.
+    Raises:
+        InputError: no call was recorded, or a call gives NaN, Inf or only zeros.
+    """
+    if not calibration.records:
+        raise InputError(
+            "the calibration holds no recorded calls, which measuring impact needs: observe the "
+            "module with record=4, or calibrate with --sensitivity impact."
+        )
+    device = next(module.parameters()).device
+    layers = dict(module.named_modules())
+    units = units_of(module, calibration)
+    impact = calibration.impact
+    options = impact_options(config)
+    if impact is None or impact.options != options or impact.calls != len(calibration.records):
+        impact = Impact({}, options, len(calibration.records))
+    calibration.impact = impact
+    rounder = rounder or _Nearest(layers, calibration, config)
+    sums = {unit: list(impact.partial.get(unit[0], ())) for unit in units}
+    total = len(units) * len(calibration.records)
+    done = 0
+    for number, call in enumerate(calibration.records):
+        missing = [unit for unit in units if len(sums[unit]) <= number]
+        done += len(units) - len(missing)
+        if not missing:
+            continue
+        replay = Replay(module, call, [name for unit in units for name in unit], device)
+        for unit in (u for start in range(_ROUNDS) for u in missing[start::_ROUNDS]):
+            sums[unit].append(_change(replay, unit, layers, rounder))
+            impact.partial[unit[0]] = tuple(sums[unit])
+            done += 1
+            progress("impact", done, total)
+            if save is not None:
+                save()
+    _divide(impact, sums, {name: layers[name].weight.numel() for unit in units for name in unit})
+    return impact
+
+
+def impact_options(config: CalibrationConfig) -> dict[str, Any]:
+    """Return the options that a measurement of impact depends on."""
+    bins, candidates, refinements = config.search_settings
+    options: dict[str, Any] = {"rounding": config.rounding, "scaled": config.scaled}
+    if config.scaled:
+        options |= {"container": config.container, "bins": bins}
+        options |= {"candidates": candidates, "refinements": refinements}
+    return options
+
+
+def check_impact(calibration: Calibration, config: CalibrationConfig) -> None:
+    """Refuse a ranking by impact that was not measured; warn of one measured for other options.
+
+    Raises:
+        InputError: the statistics hold no impact, or an unfinished measurement of it.
+    """
+    if config.sensitivity != "impact":
+        return
+    impact = calibration.impact
+    if impact is None or not impact.values:
+        found = "no measured impact" if impact is None else "an unfinished measurement of impact"
+        raise InputError(
+            f"the statistics hold {found}: run `calibrate --sensitivity impact` (again, with the "
+            "same options, to go on with an unfinished one)."
+        )
+    options = impact_options(config)
+    if impact.options != options:
+        logger.warning(
+            "the impact was measured with %s, and this plan is made with %s: the ranking is a "
+            "guess; calibrate again with the plan's options",
+            impact.options,
+            options,
+        )
+
+
+def _divide(
+    impact: Impact, sums: Mapping[tuple[str, ...], Sequence[float]], sizes: Mapping[str, int]
+) -> None:
+    for unit, changes in sums.items():
+        whole = sum(sizes[name] for name in unit)
+        for name in unit:
+            share = sizes[name] / whole
+            impact.values[name] = share * sum(changes) / len(changes)
+    impact.partial.clear()
+
+
+def _change(
+    replay: Replay, unit: Sequence[str], layers: Mapping[str, Any], rounder: Rounder
+) -> float:
+    if not any(map(replay.was_called, unit)):
+        return 0.0
+    with quantized(layers, rounder(unit)):
+        return replay.change(unit)
+
+
+@contextmanager
+def quantized(layers: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[None]:
+    """Let layers have other weights and biases inside the block."""
+    before = []
+    try:
+        for part in parts:
+            layer = layers[part.name]
+            before.append((layer.weight, layer.weight.data))
+            layer.weight.data = part.weight.to(layer.weight)
+            if part.bias is not None:
+                before.append((layer.bias, layer.bias.data))
+                layer.bias.data = part.bias.to(layer.bias)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+class _Nearest:
+    """Rounds units to the nearest codepoints, as `quantize` does."""
+
+    def __init__(
+        self, layers: Mapping[str, Any], calibration: Calibration, config: CalibrationConfig
+    ) -> None:
+        self._layers = layers
+        self._calibration = calibration
+        self._config = config
+        self._amax: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, unit: Sequence[str]) -> list[Part]:
+        weights = [self._layers[name].weight.detach() for name in unit]
+        amax, scale = self._threshold(unit, weights)
+        parts = []
+        for name, weight in zip(unit, weights, strict=True):
+            codes = kernels.quantize_e4m3(weight, amax, scale, backend=self._config.backend)
+            values = kernels.dequantize_e4m3(codes, scale, backend=self._config.backend)
+            parts.append(Part(name, values))
+        return parts
+
+    def _threshold(self, unit: Sequence[str], weights: Sequence[Tensor]) -> tuple[float, float]:
+        kind = "conv2d" if weights[0].dim() == 4 else "linear"
+        if not self._config.scaled or not can_scale(self._config.container, kind):
+            return E4M3_MAX, 1.0
+        if unit[0] not in self._amax:
+            bins, candidates, refinements = self._config.search_settings
+            found = search_amax(
+                torch.cat(list(weights)),
+                self._calibration.importance(unit[0]),
+                scaled=True,
+                bins=bins,
+                candidates=candidates,
+                refinements=refinements,
+                backend=self._config.backend,
+                name=f"weight of layer {unit[0]!r}",
+            )
+            self._amax[unit[0]] = found.amax, found.scale
+        return self._amax[unit[0]]
