@@ -199,6 +199,11 @@ class CalibrationConfig:
         choices=("nearest", "compensated"),
         group="measurement",
     )
+    bias_correction: bool = option(
+        False,
+        "compensated: correct biases by the mean error that rounding leaves in a layer's output",
+        group="measurement",
+    )
     damping: float = option(
         0.01,
         "compensated: share of the mean diagonal that is added to the Gram matrix",
@@ -253,6 +258,11 @@ class CalibrationConfig:
                 f"--text-encoder is the text {self.text_encoder!r}; a tuple of texts is needed."
             )
         parse_size("--gram-memory", self.gram_memory)
+        if self.bias_correction and self.rounding != "compensated":
+            raise OptionError(
+                "--bias-correction needs the mean inputs that compensated rounding gathers: add "
+                "--rounding compensated."
+            )
         if self.scaled and self.container == "plain":
             raise OptionError(
                 "--container plain holds no scales, and --scaled needs them: "

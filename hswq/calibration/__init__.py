@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hswq.calibration.calls import Call, Recorder
+from hswq.calibration.codes import Codes, CodesWriter, codes_path
 from hswq.calibration.embeddings import (
     Embeddings,
     check_embeddings,
@@ -10,6 +11,7 @@ from hswq.calibration.embeddings import (
     load_embeddings,
     save_embeddings,
 )
+from hswq.calibration.gram import Gram, GramLayer, gather_grams, gram_groups, gram_layers
 from hswq.calibration.impact import Impact
 from hswq.calibration.observer import observe
 from hswq.calibration.prompts import load_prompts, prompts_hash
@@ -19,13 +21,21 @@ from hswq.calibration.statistics import Calibration, LayerStatistics, is_statist
 __all__ = [
     "Calibration",
     "Call",
+    "Codes",
+    "CodesWriter",
     "Embeddings",
+    "Gram",
+    "GramLayer",
     "Impact",
     "LayerStatistics",
     "Recorder",
     "SamplingRun",
     "check_embeddings",
+    "codes_path",
     "encode_prompts",
+    "gather_grams",
+    "gram_groups",
+    "gram_layers",
     "is_statistics",
     "load_embeddings",
     "load_prompts",

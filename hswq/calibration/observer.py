@@ -79,6 +79,11 @@ def observe(
         yield calibration
     calibration.modules.update({monitor.name: monitor.statistics() for monitor in monitors})
     calibration.records = recorder.records()
+    calibration.shared_inputs = {
+        monitor.name: min(monitor.inputs_of)
+        for monitor in monitors
+        if len(monitor.inputs_of) == 1 and monitor.kind == "linear"
+    }
     _warn_of_gaps(calibration)
 
 
@@ -90,11 +95,15 @@ class _SharedInputs:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor, str]] = {}
         self._capturing = False
 
-    def find(self, x: Tensor, dim: int) -> Tensor | None:
-        """Return the abs_mean that was kept for x as it is now, reduced to axis `dim`."""
+    def find(self, x: Tensor, dim: int) -> tuple[Tensor | None, str]:
+        """Return the abs_mean that was kept for x as it is now, reduced to axis `dim`, and whose.
+
+        Returns:
+            None and an empty name where x is new.
+        """
         # Replays of a CUDA graph find other values in x: what was known before is not part of it.
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing != self._capturing:
@@ -102,18 +111,18 @@ class _SharedInputs:
             self._capturing = capturing
         entry = self._entries.get(id(x))
         if entry is None:
-            return None
-        tensor, version, axis, abs_mean = entry
+            return None, ""
+        tensor, version, axis, abs_mean, name = entry
         known = tensor() is x and version == x._version and axis == dim
-        return abs_mean if known else None
+        return (abs_mean, name) if known else (None, "")
 
-    def keep(self, x: Tensor, dim: int, abs_mean: Tensor) -> None:
+    def keep(self, x: Tensor, dim: int, abs_mean: Tensor, name: str) -> None:
         # Tensors made in inference mode have no version counter: their changes would go unseen.
         if x.is_inference():
             return
         key, entries = id(x), self._entries
         tensor = weakref.ref(x, lambda _: entries.pop(key, None))
-        entries[key] = tensor, x._version, dim, abs_mean
+        entries[key] = tensor, x._version, dim, abs_mean, name
 
     def end_forward(self, *_: object) -> None:
         """Forget, as a forward hook of the whole module."""
@@ -150,13 +159,15 @@ class _LayerMonitor:
         self._shared = shared
         self._backend = backend
         convolution = isinstance(layer, nn.Conv2d)
-        self._kind = "conv2d" if convolution else "linear"
+        self.kind = "conv2d" if convolution else "linear"
         self._groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         self._channels = layer.weight.shape[1] * self._groups
         # The axis comes from the layer: counted from the end it holds for any rank and no batch.
         self._dim = -3 if convolution else -1
         self._accumulators: list[MonitorAccumulators] = []
         self._room = 0
+        # Layers whose inputs this one got: itself, or those that had them before in a forward.
+        self.inputs_of: set[str] = set()
         self._finds_input_max = input_max
         self._input_max: dict[torch.device, Tensor] = {}
 
@@ -171,7 +182,8 @@ class _LayerMonitor:
         # Sums made in inference mode could not be added to outside it. Leaving a mode that is not
         # on would cost as much as a small reduction.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            known = self._shared.find(x, self._dim)
+            known, owner = self._shared.find(x, self._dim)
+            self.inputs_of.add(owner or self.name)
             sums = self._accumulators_on(y.device)
             try:
                 abs_mean = kernels.monitor(
@@ -180,7 +192,7 @@ class _LayerMonitor:
             except InputError as error:
                 raise InputError(f"layer {self.name!r} cannot be observed: {error}") from error
             if known is None:
-                self._shared.keep(x, self._dim, abs_mean)
+                self._shared.keep(x, self._dim, abs_mean, self.name)
             if self._finds_input_max:
                 self._find_input_max(x.detach())
 
@@ -214,7 +226,7 @@ class _LayerMonitor:
 
     def statistics(self) -> LayerStatistics:
         """Bring the sums to the CPU."""
-        layout = self._kind, tuple(self._layer.weight.shape), self._groups
+        layout = self.kind, tuple(self._layer.weight.shape), self._groups
         largest = [float(value) for value in self._input_max.values()]
         total = LayerStatistics(
             *layout,

@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hswq import __version__
 from hswq.calibration.calls import Call
+from hswq.calibration.codes import codes_path
+from hswq.calibration.gram import Gram
 from hswq.calibration.impact import Impact
 from hswq.errors import FormatError, InputError
 from hswq.formats.dtypes import DTYPE_NAMES
@@ -126,6 +129,9 @@ class Calibration:
         samples: indices of the samples that were run.
         records: some calls of the denoiser, for measuring impact.
         impact: what quantizing each layer alone changes, where that was measured.
+        shared_inputs: for Linears that got the inputs of one layer in every call, which; not saved.
+        grams: Gram matrices of the layers' inputs, where they were gathered; not saved.
+        codes: file of the layers' compensated codes, where there is one; not saved.
     """
 
     modules: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -135,6 +141,9 @@ class Calibration:
     samples: tuple[int, ...] = ()
     records: tuple[Call, ...] = ()
     impact: Impact | None = None
+    shared_inputs: dict[str, str] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)
+    codes: Path | None = None
 
     def calls(self, name: str) -> int:
         """Return how many calls of the layer were counted."""
@@ -306,7 +315,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read a statistics file.
+        """Read a statistics file; compensated codes are looked for beside it.
 
         Raises:
             InputError: the file cannot be read.
@@ -325,7 +334,10 @@ class Calibration:
                     f"{STATISTICS_VERSION!r}: calibrate again, or use the hswq that wrote it."
                 )
             try:
-                return cls._read(checkpoint)
+                found = cls._read(checkpoint)
+                codes = codes_path(path)
+                found.codes = codes if codes.is_file() else None
+                return found
             except FormatError as error:
                 raise FormatError(f"{path}: {error}") from error
             except (LookupError, TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 
 from hswq.calibration import (
     Calibration,
+    Codes,
     Embeddings,
     SamplingRun,
     check_embeddings,
+    codes_path,
     encode_prompts,
     load_embeddings,
     load_prompts,
@@ -27,8 +30,9 @@ from hswq.calibration import (
     sampling_settings,
 )
 from hswq.config import CalibrationConfig
+from hswq.driver.compensate import RoundedParts, check_codes, write_codes
 from hswq.driver.source import Source, open_source
-from hswq.errors import BackendError, HswqError
+from hswq.errors import BackendError, HswqError, InputError
 from hswq.models.denoiser import denoiser_config
 from hswq.models.families import FAMILIES
 from hswq.models.fingerprint import fingerprint
@@ -74,7 +78,8 @@ def calibrate_checkpoint(
         config: samples, steps, prompts and the like.
         output: statistics file to write, and to write again from time to time while impact is
             measured. Where it holds an unfinished measurement of the same run, that is gone on
-            with. None writes nothing.
+            with. Compensated codes are written beside it, in NAME.codes.safetensors. None writes
+            nothing.
         progress: called with (phase, done, total).
     Returns:
         Statistics of every Linear and Conv2d of the denoiser, with the traced map and the
@@ -88,9 +93,16 @@ def calibrate_checkpoint(
 
 
 def calibrate_source(
-    source: Source, config: CalibrationConfig, progress: Progress, output: Path | None = None
+    source: Source,
+    config: CalibrationConfig,
+    progress: Progress,
+    output: Path | None = None,
+    codes: Path | None = None,
 ) -> Calibration:
-    """Calibrate an open checkpoint; see `calibrate_checkpoint`."""
+    """Calibrate an open checkpoint; see `calibrate_checkpoint`.
+
+    `codes` is the file of compensated codes to write, beside `output` where it is not given.
+    """
     # Runs with given statistics do without the pipeline.
     from hswq.models.pipeline import build_pipeline
     from hswq.models.quiet import quiet_libraries
@@ -129,15 +141,57 @@ def calibrate_source(
                 pipeline, sampler, config, conditioning, progress=progress
             )
             calibration.model_map, calibration.fingerprint = model_map, identity
+        if config.rounding == "compensated":
+            calibration.codes = codes or codes_path(output or _no_place_for_codes())
+            if not _are_codes_of(calibration, config):
+                write_codes(
+                    source, model_map, run, calibration, config, calibration.codes, progress
+                )
         if config.sensitivity == "impact":
-            measure_impact(
-                *(run.denoiser, calibration, config),
-                progress=progress,
-                save=_saver(calibration, output),
-            )
+            _measure_impact(run.denoiser, calibration, config, progress, output)
     if output is not None:
         calibration.save(output)
     return calibration
+
+
+def _no_place_for_codes() -> Path:
+    raise InputError(
+        "compensated codes need a file: give calibrate_checkpoint an output, beside which they are "
+        "written."
+    )
+
+
+def _are_codes_of(calibration: Calibration, config: CalibrationConfig) -> bool:
+    """Tell whether an interrupted run has left the codes that are wanted."""
+    if calibration.codes is None or not calibration.codes.is_file():
+        return False
+    try:
+        with Codes(calibration.codes) as codes:
+            check_codes(codes, calibration, config)
+    except HswqError:
+        return False
+    return True
+
+
+def _measure_impact(
+    denoiser: Any,
+    calibration: Calibration,
+    config: CalibrationConfig,
+    progress: Progress,
+    output: Path | None,
+) -> None:
+    """Measure with the codes that files will have."""
+    with ExitStack() as opened:
+        rounder = None
+        if calibration.codes is not None and calibration.model_map is not None:
+            codes = opened.enter_context(Codes(calibration.codes))
+            rounder = RoundedParts(codes, calibration.model_map)
+        measure_impact(
+            *(denoiser, calibration, config),
+            rounder=rounder,
+            progress=progress,
+            save=_saver(calibration, output),
+        )
 
 
 def _unfinished(

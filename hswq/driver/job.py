@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hswq
 from hswq import kernels
-from hswq.calibration import Calibration
+from hswq.calibration import Calibration, Codes
 from hswq.config import BUDGETS, QuantizeConfig
 from hswq.driver.source import Source
 from hswq.errors import InputError
@@ -59,6 +59,7 @@ class Job:
     specs: tuple[TensorSpec, ...]
     metadata_bytes: int
     device: torch.device
+    codes: Codes | None = None
 
     @property
     def quantized_layers(self) -> tuple[QuantizedLayer, ...]:
@@ -112,7 +113,10 @@ class Job:
         }
 
     def search(self, key: str, weight: Tensor) -> AmaxResult:
-        """Search the amax of one quantized layer."""
+        """Search the amax of one quantized layer; that of compensated codes is known."""
+        if self.codes is not None:
+            known = self.codes.units[key]
+            return AmaxResult(known.amax, known.mse, known.max_abs, known.power)
         bins, candidates, refinements = self.config.search_settings
         layer, unit = self.layers[key], self.units[key]
         return search_amax(
@@ -154,14 +158,31 @@ class Job:
         """Return the scale that one FP8 layer is rounded and stored with; V1: 1.0."""
         return result.scale if self.layers[key].scaled else 1.0
 
-    def encode(self, key: str, weight: Tensor, result: AmaxResult) -> Tensor:
-        """Round one weight to codepoints; V1 ignores the searched amax, which could only harm."""
+    def encode(self, key: str, weight: Tensor, result: AmaxResult, start: int = 0) -> Tensor:
+        """Return the codepoints of a weight's rows from `start` on.
+
+        Nearest codes of V1 ignore the searched amax, which could only harm.
+        """
+        if self.codes is not None:
+            return self.codes.read(key, start, start + len(weight))
         return kernels.quantize_e4m3(
             weight.to(self.device),
             result.amax if self.layers[key].scaled else E4M3_MAX,
             self.scale(key, result),
             backend=self.config.backend,
         ).cpu()
+
+    def biases(self) -> dict[str, Tensor]:
+        """Return the corrected biases of FP8 layers, in the dtypes of the source, by key."""
+        if self.codes is None:
+            return {}
+        found = {}
+        for layer in self.quantized_layers:
+            bias = self.codes.bias(layer.key)
+            if bias is not None:
+                key = layer.key.removesuffix(".weight") + ".bias"
+                found[key] = bias.to(self.source.checkpoint.tensors[key].torch_dtype)
+        return found
 
 
 def list_candidates(
@@ -224,6 +245,7 @@ def make_job(
     calibration: Calibration,
     model_map: ModelMap,
     device: torch.device,
+    codes: Codes | None = None,
 ) -> Job:
     """Decide what happens to every layer, and lay out the output file.
 
@@ -237,7 +259,7 @@ def make_job(
 
     def outline(layers: Sequence[LayerPlan]) -> Job:
         by_key = dict(zip(units, layers, strict=True))
-        job = Job(source, calibration, config, units, by_key, (), 0, device)
+        job = Job(source, calibration, config, units, by_key, (), 0, device, codes)
         fp8 = {layer.key for layer in job.quantized_layers}
         specs = _model_specs(source, fp8)
         specs += extra_specs(config.container, job.quantized_layers, model_map.prefix)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from hswq.calibration import Calibration
+from hswq.calibration import Calibration, Codes
 from hswq.config import QuantizeConfig
 from hswq.driver.calibrate import calibrate_source, resolve_device
+from hswq.driver.compensate import check_codes
 from hswq.driver.job import Job, job_warnings, make_job, smallest_output_bytes
 from hswq.driver.paths import check_outputs
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
 from hswq.driver.source import Source, check_statistics, open_source
 from hswq.driver.stream import Piece, Stream
 from hswq.driver.verify import verify_output
+from hswq.errors import InputError
 from hswq.formats.containers import extra_tensors, marker_tensors
 from hswq.formats.writer import CheckpointWriter, check_room
 from hswq.plan import Plan
@@ -59,8 +63,8 @@ def quantize_checkpoint(
     """
     watch = Stopwatch()
     target, *_ = check_outputs(src, config, dst, config.save_stats)
-    with open_source(src) as source:
-        job, warnings = _prepare(source, config, calibration, watch, progress, target)
+    with open_source(src) as source, ExitStack() as resources:
+        job, warnings = _prepare(source, config, calibration, watch, progress, resources, target)
         with CheckpointWriter(target, job.specs, job.metadata_bytes) as writer:
             results = _write_tensors(job, writer, watch, progress)
             plan = job.plan(results, writer.file_bytes)
@@ -97,8 +101,8 @@ def plan_checkpoint(
         The errors of `quantize_checkpoint`.
     """
     watch = Stopwatch()
-    with open_source(src) as source:
-        job, _ = _prepare(source, config, calibration, watch, progress)
+    with open_source(src) as source, ExitStack() as resources:
+        job, _ = _prepare(source, config, calibration, watch, progress, resources)
         wanted = [source.checkpoint.tensors[key] for key, it in job.layers.items() if it.quantized]
         results = {}
         wanted.sort(key=lambda info: (str(info.path), info.begin))
@@ -118,9 +122,13 @@ def _prepare(
     calibration: Calibration | None,
     watch: Stopwatch,
     progress: Progress,
+    resources: ExitStack,
     target: Path | None = None,
 ) -> tuple[Job, list[str]]:
-    """Gather statistics, map and plan of an open source; `target` is the file to be written."""
+    """Gather statistics, map and plan of an open source; `target` is the file to be written.
+
+    What must stay open until the job is done goes into `resources`.
+    """
     device = resolve_device(config.device)
     where = "the statistics given"
     if calibration is None and config.stats is not None:
@@ -134,15 +142,49 @@ def _prepare(
             check_room(target, least_bytes)
         with watch.phase("calibrate"):
             kept = None if config.save_stats is None else Path(config.save_stats)
-            calibration = calibrate_source(source, config, progress, kept)
+            codes = None if kept is not None else resources.enter_context(_passing_codes(target))
+            calibration = calibrate_source(source, config, progress, kept, codes)
     with watch.phase("plan"):
         model_map = source.map_from(calibration, config.pipeline)
         check_statistics(source, model_map, calibration, where)
-        job = make_job(source, config, calibration, model_map, device)
+        job = make_job(
+            *(source, config, calibration, model_map, device),
+            _open_codes(calibration, config, where, resources),
+        )
     warnings = job_warnings(job)
     for text in warnings:
         logger.warning("%s", text)
     return job, warnings
+
+
+@contextmanager
+def _passing_codes(target: Path | None) -> Iterator[Path]:
+    """Yield where codes may lie that nobody has asked to keep: beside the output, and then gone."""
+    folder = target.parent if target is not None else None
+    with tempfile.TemporaryDirectory(prefix=".hswq-", dir=folder) as name:
+        yield Path(name) / "codes.safetensors"
+
+
+def _open_codes(
+    calibration: Calibration, config: QuantizeConfig, where: str, resources: ExitStack
+) -> Codes | None:
+    """Open the compensated codes that belong to the statistics, where they are asked for.
+
+    Raises:
+        InputError: there are none, or they were made for other files.
+        FormatError: they are damaged.
+    """
+    if config.rounding != "compensated":
+        return None
+    if calibration.codes is None:
+        raise InputError(
+            f"{where} come without compensated codes (looked for in NAME.codes.safetensors beside "
+            "them): run `calibrate --rounding compensated` with the options of the file that is to "
+            "be written."
+        )
+    codes = resources.enter_context(Codes(calibration.codes))
+    check_codes(codes, calibration, config)
+    return codes
 
 
 def _write_tensors(
@@ -154,6 +196,7 @@ def _write_tensors(
     """
     results: dict[str, AmaxResult] = {}
     fp8 = {layer.key: layer for layer in job.quantized_layers}
+    biases = job.biases()
     pieces = _pieces(job)
     total = sum(piece.nbytes for piece in pieces)
     done = 0
@@ -174,7 +217,7 @@ def _write_tensors(
                     results[key] = job.search(key, weight)
                 for start, rows in _row_chunks(weight):
                     with watch.phase("quantize"):
-                        codes = job.encode(key, rows, results[key])
+                        codes = job.encode(key, rows, results[key], start)
                     with watch.phase("write"):
                         offset = start * codes[0].numel()
                         stream.behind(writer.write_chunk, key, offset, codes)
@@ -189,7 +232,10 @@ def _write_tensors(
                     if job.is_denoiser_float(piece.info):
                         job.check_finite(key, loan.tensor)
                 with watch.phase("write"):
-                    stream.behind(writer.write_chunk, key, piece.offset, loan.view)
+                    if key in biases:
+                        stream.behind(writer.write, key, biases[key])
+                    else:
+                        stream.behind(writer.write_chunk, key, piece.offset, loan.view)
                     stream.behind(loan.release)
             done += piece.nbytes
             progress("quantize", done, total)

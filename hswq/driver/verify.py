@@ -32,11 +32,15 @@ def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResul
     checkpoint = job.source.checkpoint
     with Checkpoint.open(path) as written:
         check_header(written, job.specs, job.metadata(plan))
-        copied = [name for name in checkpoint.tensors if name not in results]
+        biases = job.biases()
+        copied = [name for name in checkpoint.tensors if name not in {*results, *biases}]
         for key in _chosen(list(results), job.config.verify):
             codes = job.encode(key, checkpoint.read(key), results[key])
             if not torch.equal(written.read(key).view(torch.uint8), codes):
                 raise _damaged(f"the codes of {key!r} differ from the source's")
+        for key, bias in biases.items():
+            if not torch.equal(written.read(key), bias):
+                raise _damaged(f"the corrected bias {key!r} differs")
         for key in _chosen(copied, job.config.verify):
             length = checkpoint.tensors[key].nbytes
             if written.read_bytes(key, 0, length) != checkpoint.read_bytes(key, 0, length):
