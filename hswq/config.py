@@ -21,6 +21,21 @@ SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
 DEFAULT_KEEP_RATIO = 0.10
 # Options that say how much stays 16-bit.
 BUDGETS = ("keep_ratio", "keep_bytes", "target_size", "max_error")
+# What `--preset` stands for; options that are given go before.
+PRESETS: dict[str, dict[str, Any]] = {
+    "seed": {
+        "sensitivity": "variance",
+        "rounding": "nearest",
+        "bias_correction": False,
+        "keep_ratio": DEFAULT_KEEP_RATIO,
+    },
+    "best": {
+        "sensitivity": "impact",
+        "rounding": "compensated",
+        "bias_correction": True,
+        "keep_bytes": 0.05,
+    },
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Group of the options that only the sampler reads: given statistics exclude them.
 SAMPLING = "sampling"
@@ -178,8 +193,16 @@ class CalibrationConfig:
         choices=CONTAINERS,
         group="quantization",
     )
+    preset: str = option(
+        "seed",
+        "seed: variance, nearest, keep-ratio 0.10, as the seed project; best: impact, compensated, "
+        "bias-correction, keep-bytes 0.05, at the price of a longer calibration. Other options go "
+        "before",
+        choices=tuple(PRESETS),
+        group="measurement",
+    )
     sensitivity: str = option(
-        "variance",
+        None,
         "how layers are ranked: variance of their outputs, or impact, the measured change of the "
         "denoiser's output when a layer alone is quantized",
         choices=("variance", "impact"),
@@ -193,14 +216,14 @@ class CalibrationConfig:
         group=SAMPLING,
     )
     rounding: str = option(
-        "nearest",
+        None,
         "how values become codepoints: the nearest, or compensated, each error made up for by the "
         "weights that share its inputs",
         choices=("nearest", "compensated"),
         group="measurement",
     )
     bias_correction: bool = option(
-        False,
+        None,
         "compensated: correct biases by the mean error that rounding leaves in a layer's output",
         group="measurement",
     )
@@ -242,6 +265,7 @@ class CalibrationConfig:
     )
 
     def __post_init__(self) -> None:
+        self._fill_in_preset()
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if value is not None:
@@ -278,6 +302,16 @@ class CalibrationConfig:
                 "--container legacy is for scaled weights: add --scaled, or use comfy or plain."
             )
 
+    def _fill_in_preset(self) -> None:
+        """Set the options that are not given as the preset says, but for the budget.
+
+        The budget stays open, so that dataclasses.replace can give another.
+        """
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if name not in BUDGETS and getattr(self, name) is None:
+                impossible = name == "bias_correction" and self.rounding == "nearest"
+                object.__setattr__(self, name, False if impossible else value)
+
     @property
     def search_settings(self) -> tuple[int, int, int]:
         """Bins, candidates and refinements: the preset, with what was set by hand in its place."""
@@ -307,7 +341,7 @@ class QuantizeConfig(CalibrationConfig):
     )
     keep_ratio: float | None = option(
         None,
-        f"share of the layers left 16-bit (default: {DEFAULT_KEEP_RATIO})",
+        "share of the layers left 16-bit, by number",
         minimum=0.0,
         maximum=1.0,
         aliases=("--keep_ratio",),
@@ -409,13 +443,10 @@ class QuantizeConfig(CalibrationConfig):
 
     @property
     def budget(self) -> tuple[str, float]:
-        """Name and value of the budget: that which is given, else the seed's keep_ratio of 0.10.
-
-        target_size is in bytes.
-        """
-        for name in BUDGETS:
-            value = getattr(self, name)
-            if value is not None:
-                in_bytes = name == "target_size"
-                return name, float(parse_size("--target-size", value) if in_bytes else value)
-        return "keep_ratio", DEFAULT_KEEP_RATIO
+        """Name and value of the budget; target_size is in bytes."""
+        given = {name: getattr(self, name) for name in BUDGETS}
+        if all(value is None for value in given.values()):
+            given = PRESETS[self.preset]
+        name, value = next((name, given[name]) for name in BUDGETS if given.get(name) is not None)
+        in_bytes = name == "target_size"
+        return name, float(parse_size("--target-size", value) if in_bytes else value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hswq import kernels
 from hswq.calibration.calls import Recorder
+from hswq.calibration.gram import Gram, gather_grams, gram_layers
 from hswq.calibration.statistics import Calibration, LayerStatistics, join_pairs
 from hswq.errors import InputError
 from hswq.kernels.fixed_point import CALLS_PER_ACCUMULATOR, MonitorAccumulators
@@ -29,6 +30,7 @@ def observe(
     *,
     input_max: bool = False,
     record: int | Recorder = 0,
+    gram: bool = False,
 ) -> Iterator[Calibration]:
     """Watch every nn.Linear and nn.Conv2d of a module while the caller runs it.
 
@@ -48,6 +50,8 @@ def observe(
         input_max: find the largest |x| of each layer too, which static FP8 activations need.
         record: how many calls of the module to keep, for measuring impact: a sample of all calls,
             copied to the CPU. Or a recorder that knows which.
+        gram: gather the Gram matrices of the layers' inputs too, for compensated rounding:
+            4 n^2 bytes for a weight of n columns, n^2 / blocks beyond 8192. Not inside CUDA graphs.
     Yields:
         A calibration that is empty inside the block and filled when it ends without an error.
         The hooks are removed in any case.
@@ -72,6 +76,9 @@ def observe(
         hooks.callback(shared.forget)
         if record:
             hooks.callback(recorder.attach(module).remove)
+        grams: dict[str, Gram] = (
+            hooks.enter_context(gather_grams(module, gram_layers(module), backend)) if gram else {}
+        )
         for monitor in monitors:
             hooks.callback(monitor.attach().remove)
         # Nor do two captured forwards share what they know of an input that outlives them.
@@ -79,6 +86,7 @@ def observe(
         yield calibration
     calibration.modules.update({monitor.name: monitor.statistics() for monitor in monitors})
     calibration.records = recorder.records()
+    calibration.grams = grams
     calibration.shared_inputs = {
         monitor.name: min(monitor.inputs_of)
         for monitor in monitors

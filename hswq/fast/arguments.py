@@ -83,7 +83,9 @@ def add_options(
         kind = _base_type(hints[spec.name])
         arguments: dict[str, Any] = {"dest": spec.name, "help": _help(spec)}
         if kind is bool:
-            arguments["action"] = "store_true"
+            # What a preset may set can be unset.
+            optional = argparse.BooleanOptionalAction if spec.default is None else "store_true"
+            arguments["action"] = optional
         elif kind is tuple:
             arguments.update(action="append", metavar=metadata["metavar"])
         else:

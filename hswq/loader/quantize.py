@@ -28,6 +28,7 @@ from hswq.loader.load import tell_diffusers
 from hswq.loader.modules import Conv2d, Linear, fp8_layer
 from hswq.plan import LayerPlan, Plan, static_input_scale
 from hswq.search import scale_of
+from hswq.search.compensated import Factors, round_weight
 
 
 def quantize_module(
@@ -44,15 +45,23 @@ def quantize_module(
     Args:
         module: the module that `make_plan` was called with.
         plan: its plan.
-        calibration: what the plan was made from; needed where it asks for FP8 activations.
+        calibration: what the plan was made from; needed where it asks for FP8 activations, or for
+            compensated rounding: then observed with gram=True.
         backend: of the kernels.
     Returns:
         The module, changed in place.
     Raises:
         PlanError: the plan names a layer that the module lacks, or was made without a search; the
             module is then as it was.
-        InputError: the plan asks for FP8 activations, and the statistics hold no ranges of inputs.
+        InputError: the plan asks for FP8 activations, and the statistics hold no ranges of inputs,
+            or for compensated rounding, and they hold no Gram matrices.
     """
+    compensated = plan.options.get("rounding") == "compensated"
+    if compensated and (calibration is None or not calibration.grams):
+        raise InputError(
+            "the plan asks for compensated rounding: pass the calibration that it was made from, "
+            "observed with gram=True."
+        )
     input_scales = _input_scales(plan, calibration)
     found = {layer.name: _layer_of(module, layer) for layer in plan.quantized}
     for layer in plan.quantized:
@@ -60,12 +69,24 @@ def quantize_module(
         weight = part.weight.detach()
         amax = float(layer.amax) if layer.scaled and layer.amax is not None else E4M3_MAX
         scale = scale_of(amax) if layer.scaled else 1.0
-        codes = kernels.quantize_e4m3(weight, amax, scale, backend=backend)
+        bias = part.bias
+        gram = calibration.grams.get(layer.name) if compensated and calibration else None
+        if gram is None:
+            codes = kernels.quantize_e4m3(weight, amax, scale, backend=backend)
+        else:
+            centred = bool(plan.options.get("bias_correction")) and bias is not None
+            factors = Factors(gram, centred, float(plan.options["damping"]))
+            rounded = round_weight(weight, factors, amax, scale, backend=backend)
+            codes = rounded.codes.to(weight.device)
+            if centred and bias is not None:
+                shifted = bias.detach().double() + rounded.shift.to(bias.device)
+                # By way of float32, as in a file of codes.
+                bias = shifted.float().to(bias.dtype)
         values = torch.tensor([scale], dtype=torch.float32, device=weight.device)
         input_scale = input_scales.get(layer.name)
         if input_scale is not None:
             input_scale = input_scale.to(weight.device)
-        module.set_submodule(layer.name, fp8_layer(part, codes, values, part.bias, input_scale))
+        module.set_submodule(layer.name, fp8_layer(part, codes, values, bias, input_scale))
     tell_diffusers(module)
     return module
 

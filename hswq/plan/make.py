@@ -32,6 +32,8 @@ def plan_options(config: QuantizeConfig) -> dict[str, object]:
         "refinements": refinements,
         # Absent otherwise, as in the files of earlier releases.
         **({} if config.keep_preset == "none" else {"keep_preset": config.keep_preset}),
+        **({"bias_correction": True} if config.bias_correction else {}),
+        **({"damping": config.damping} if config.rounding == "compensated" else {}),
         **({"activations": "fp8"} if config.activations == "fp8" else {}),
     }
 

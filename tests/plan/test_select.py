@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hswq.config import QuantizeConfig
@@ -263,3 +265,22 @@ def test_sizes_that_are_none(text: str) -> None:
     """4.5 bytes is never what was meant."""
     with pytest.raises(OptionError, match=r"--target-size is .* 4\.5GB or 4GiB"):
         QuantizeConfig(target_size=text)
+
+
+def test_presets_give_way_to_options() -> None:
+    """A preset that cannot be changed in one point is of no use; one that is half set is a trap."""
+    seed, best = QuantizeConfig(), QuantizeConfig(preset="best")
+    assert (seed.sensitivity, seed.rounding, seed.bias_correction) == ("variance", "nearest", False)
+    assert seed.budget == ("keep_ratio", 0.10)
+    assert (best.sensitivity, best.rounding, best.bias_correction) == (
+        "impact",
+        "compensated",
+        True,
+    )
+    assert best.budget == ("keep_bytes", 0.05)
+    assert QuantizeConfig(preset="best", rounding="nearest").bias_correction is False
+    assert QuantizeConfig(preset="best", keep_ratio=0.0).budget == ("keep_ratio", 0.0)
+    assert QuantizeConfig(preset="best", bias_correction=False).rounding == "compensated"
+    assert dataclasses.replace(best, target_size="1GB").budget == ("target_size", 1e9)
+    with pytest.raises(OptionError, match="--preset is 'worst'; it must be one of seed, best"):
+        QuantizeConfig(preset="worst")
