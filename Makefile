@@ -7,7 +7,7 @@ INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl tests/kernels/native/*.cpp)
 
-.PHONY: install dev demo lint test test-slow clean
+.PHONY: install dev demo lint test test-slow quality clean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -37,6 +37,9 @@ test: lint
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow --require-backends reference,cpp
+
+quality: dev
+	$(BIN)/python -m benchmarks.quality --plot docs/quality.svg
 
 clean:
 	rm -rf build dist *.egg-info demo hswq/kernels/_cpp*.so $(VENV)

@@ -123,3 +123,20 @@ class DualMonitor:
         else:
             self.importance = (self.importance * self.calls + abs_mean) / (self.calls + 1)
         self.calls += 1
+
+
+def kept_by_variance(variances: dict[str, float], sizes: dict[str, int], share: float) -> set[str]:
+    """Return the layers that a byte budget keeps: the ranking by S, each that still fits.
+
+    Args:
+        variances: output variance S by layer.
+        sizes: weights by layer.
+        share: of all weights that may be kept.
+    """
+    left = share * sum(sizes.values())
+    kept = set()
+    for name in sorted(variances, key=lambda name: (-variances[name], name)):
+        if sizes[name] <= left:
+            kept.add(name)
+            left -= sizes[name]
+    return kept
