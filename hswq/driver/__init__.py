@@ -1,6 +1,7 @@
 """The whole job: files, devices, statistics and plans joined."""
 
 from hswq.driver.calibrate import calibrate_checkpoint
+from hswq.driver.compare import compare_files
 from hswq.driver.convert import ConvertReport, convert_checkpoint, dequantize_checkpoint
 from hswq.driver.inspect import inspect_path
 from hswq.driver.quantize import plan_checkpoint, quantize_checkpoint
@@ -10,6 +11,7 @@ __all__ = [
     "ConvertReport",
     "Report",
     "calibrate_checkpoint",
+    "compare_files",
     "convert_checkpoint",
     "dequantize_checkpoint",
     "inspect_path",

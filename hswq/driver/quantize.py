@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,13 @@ from hswq.calibration import Calibration, Codes
 from hswq.config import QuantizeConfig
 from hswq.driver.calibrate import calibrate_source, resolve_device
 from hswq.driver.compensate import check_codes
-from hswq.driver.job import Job, job_warnings, make_job, smallest_output_bytes
+from hswq.driver.job import (
+    Job,
+    job_warnings,
+    list_candidates,
+    make_job,
+    smallest_output_bytes,
+)
 from hswq.driver.paths import check_outputs
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
 from hswq.driver.source import Source, check_statistics, open_source
@@ -24,7 +31,7 @@ from hswq.driver.verify import verify_output
 from hswq.errors import InputError
 from hswq.formats.containers import extra_tensors, marker_tensors
 from hswq.formats.writer import CheckpointWriter, check_room
-from hswq.plan import Plan
+from hswq.plan import Plan, error_curve
 from hswq.progress import Progress, no_progress
 from hswq.search import AmaxResult
 
@@ -96,7 +103,8 @@ def plan_checkpoint(
     """Decide and search as `quantize_checkpoint` would, and write nothing.
 
     Returns:
-        The plan with the search results of every quantized layer and the size of the file.
+        The plan with the search results of every quantized layer, the size of the file and, where
+        impact was measured, the curve of other budgets.
     Raises:
         The errors of `quantize_checkpoint`.
     """
@@ -113,7 +121,12 @@ def plan_checkpoint(
                 loan.release()
                 progress("search", done + 1, len(wanted))
         size = CheckpointWriter.predict_file_bytes(job.specs, job.metadata_bytes)
-        return job.plan(results, size)
+        plan = job.plan(results, size)
+        if job.calibration.impact is None:
+            return plan
+        model_map = source.map_from(job.calibration, config.pipeline)
+        candidates = list_candidates(source, model_map, job.calibration)
+        return replace(plan, curve=error_curve(candidates, plan.layers, size))
 
 
 def _prepare(

@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import Any, NoReturn, cast
 
 from hswq.config import CalibrationConfig, QuantizeConfig
-from hswq.errors import BackendError, HswqError, OptionError
+from hswq.errors import BackendError, HswqError, InputError, OptionError
 from hswq.fast.arguments import config_from, make_parser
 from hswq.fast.terminal import EscapingFormatter, escape_lines
 from hswq.progress import Progress, no_progress
@@ -117,10 +117,34 @@ def _plan(arguments: argparse.Namespace) -> None:
     from hswq.driver import plan_checkpoint
     from hswq.fast.render import render_plan
 
+    if arguments.plot is not None:
+        from hswq.quality.plots import check_plot_path, plot_curve
+
+        check_plot_path(arguments.plot)
     plan = _with_bars(
         arguments, lambda progress: plan_checkpoint(arguments.input, config, progress=progress)
     )
+    if arguments.plot is not None:
+        if not plan.curve or plan.predicted_error is None:
+            raise InputError(
+                "--plot draws predicted errors, and the statistics hold no measured impact: "
+                "calibrate with --sensitivity impact."
+            )
+        plot_curve(plan.curve, (plan.predicted_bytes, plan.predicted_error), arguments.plot)
     _show(arguments, plan.to_dict(), render_plan(plan))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from hswq.driver import compare_files
+    from hswq.fast.render import render_comparison
+
+    comparison = _with_bars(
+        arguments,
+        lambda progress: compare_files(
+            arguments.first, arguments.second, arguments.stats, progress=progress
+        ),
+    )
+    _show(arguments, comparison.to_dict(), render_comparison(comparison))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -182,6 +206,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "calibrate": _calibrate,
     "plan": _plan,
     "inspect": _inspect,
+    "compare": _compare,
     "convert": _convert,
     "dequantize": _dequantize,
     "demo": _demo,

@@ -37,7 +37,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", "show what quantize would do; writes nothing")
     _add_paths(plan, output=None)
+    plan.add_argument(
+        "--plot", metavar="FILE", help="draw predicted error against size, .png or .svg"
+    )
     add_options(plan, QuantizeConfig, without=("save_stats", "verify"))
+
+    compare = _command(commands, "compare", "compare two files of one model, layer by layer")
+    compare.add_argument("first", help="file of any container, or of 16 or 32 bits")
+    compare.add_argument("second", help="the same")
+    compare.add_argument(
+        "--stats", metavar="FILE", help="statistics, for an estimate of the outputs' errors"
+    )
 
     inspect = _command(commands, "inspect", "describe a checkpoint, statistics file or plan")
     inspect.add_argument("path", help="file or folder")

@@ -6,12 +6,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from hswq.fast.terminal import escape
+from hswq.plan.curve import thinned
 
 if TYPE_CHECKING:
     from hswq.driver import ConvertReport, Report
     from hswq.driver.demo import DemoResult
     from hswq.kernels import BackendStatus
     from hswq.plan import Plan
+    from hswq.quality.compare import Comparison
 
 
 def gigabytes(size: float) -> str:
@@ -57,15 +59,71 @@ def render_conversion(report: ConvertReport) -> str:
 
 def render_plan(plan: Plan) -> str:
     """Return the table and the totals of `plan`."""
-    return "\n".join(
-        [
-            plan.table(),
+    lines = [
+        plan.table(),
+        "",
+        f"{len(plan.layers)} layers: {len(plan.quantized)} to e4m3, {len(plan.kept)} kept; "
+        f"{gigabytes(plan.source_bytes)} -> {gigabytes(plan.predicted_bytes)}; "
+        f"weighted SQNR {_sqnr_range(plan)}",
+    ]
+    if plan.predicted_error is not None and plan.curve:
+        lines += [
+            f"predicted error of the denoiser's output: {plan.predicted_error:.3g} (relative, "
+            "squared)",
             "",
-            f"{len(plan.layers)} layers: {len(plan.quantized)} to e4m3, {len(plan.kept)} kept; "
-            f"{gigabytes(plan.source_bytes)} -> {gigabytes(plan.predicted_bytes)}; "
-            f"weighted SQNR {_sqnr_range(plan)}",
+            "other budgets, kept by impact per weight:",
+            "  --keep-bytes   layers kept        file   predicted error",
         ]
-    )
+        lines += [
+            f"  {point.kept_bytes:12.4f}   {point.kept:11d}  {gigabytes(point.file_bytes):>10}   "
+            f"{point.error:15.3g}"
+            for point in thinned(plan.curve)
+        ]
+    return "\n".join(lines)
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Return the table of `compare`, the largest weight error first."""
+    rows = [("layer", "shape", "first", "second", "codes changed", "SQNR dB", "output SQNR dB")]
+    for layer in sorted(comparison.layers, key=lambda layer: (layer.sqnr_db, layer.name)):
+        changed = layer.codes_changed
+        rows.append(
+            (
+                escape(layer.name),
+                "x".join(map(str, layer.shape)),
+                layer.first,
+                layer.second,
+                "-" if changed is None else f"{changed:.2%}",
+                _decibels(layer.sqnr_db),
+                _decibels(layer.output_sqnr_db),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    changed_layers = sum(layer.sqnr_db != math.inf for layer in comparison.layers)
+    lines += [
+        "",
+        f"{len(comparison.layers)} layers hold codes, {changed_layers} of them differ; "
+        f"{comparison.others_equal} other tensors are equal, {len(comparison.others_changed)} "
+        "are not",
+    ]
+    for what, names in (
+        ("changed", comparison.others_changed),
+        ("only in the first", comparison.only_first),
+        ("only in the second", comparison.only_second),
+    ):
+        if names:
+            lines.append(f"{what}: {_short(list(names))}")
+    return "\n".join(lines)
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "equal" if value == math.inf else f"{value:.2f}"
 
 
 def render_facts(facts: dict[str, Any]) -> str:

@@ -67,6 +67,24 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A plan that keeps the layers which rank first.
+
+    Attributes:
+        kept: how many layers the budget keeps.
+        kept_bytes: their share of the weights that the budget decides on.
+        file_bytes: size of the file.
+        error: predicted relative squared change of the denoiser's output: the impacts of all
+            quantized layers, added up as if they were independent.
+    """
+
+    kept: int
+    kept_bytes: float
+    file_bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions for one model.
 
@@ -75,12 +93,15 @@ class Plan:
         options: the options that shaped the plan.
         source_bytes: size of what is quantized (file, or state dict of a module).
         predicted_bytes: its size after quantization.
+        curve: predicted error against size for other budgets, where impact was measured; part of
+            no file's metadata.
     """
 
     layers: tuple[LayerPlan, ...]
     options: dict[str, Any]
     source_bytes: int
     predicted_bytes: int
+    curve: tuple[CurvePoint, ...] = ()
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -92,6 +113,13 @@ class Plan:
         """The layers that stay as they are."""
         return tuple(layer for layer in self.layers if not layer.quantized)
 
+    @property
+    def predicted_error(self) -> float | None:
+        """The impacts of all quantized layers, added up; None where one was not measured."""
+        impacts = [layer.impact for layer in self.quantized]
+        known = [impact for impact in impacts if impact is not None]
+        return math.fsum(known) if len(known) == len(impacts) else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready data."""
         return {
@@ -100,6 +128,7 @@ class Plan:
             "source_bytes": self.source_bytes,
             "predicted_bytes": self.predicted_bytes,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            **({"curve": [dataclasses.asdict(it) for it in self.curve]} if self.curve else {}),
         }
 
     @classmethod
@@ -125,6 +154,7 @@ class Plan:
                 dict(data["options"]),
                 int(data["source_bytes"]),
                 int(data["predicted_bytes"]),
+                tuple(CurvePoint(**entry) for entry in data.get("curve", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is a damaged hswq plan: {error}.") from error
@@ -151,7 +181,7 @@ class Plan:
 
     def table(self) -> str:
         """Return the layers as a text table, most sensitive first."""
-        rows = [("layer", "shape", "sensitivity", "becomes", "SQNR dB", "why")]
+        rows = [("layer", "shape", "sensitivity", "impact", "becomes", "SQNR dB", "why")]
         for layer in sorted(self.layers, key=_by_falling_sensitivity):
             becomes = ("e4m3 * scale" if layer.scaled else "e4m3") if layer.quantized else "kept"
             rows.append(
@@ -159,6 +189,7 @@ class Plan:
                     layer.name,
                     "x".join(map(str, layer.shape)),
                     "-" if layer.sensitivity is None else f"{layer.sensitivity:.4g}",
+                    "-" if layer.impact is None else f"{layer.impact:.3g}",
                     becomes,
                     "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}",
                     layer.reason,
