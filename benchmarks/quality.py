@@ -31,6 +31,7 @@ from hswq.driver.demo import demo_folder
 from hswq.fast.bars import Bars
 from hswq.formats.quantized import dequantize
 from hswq.formats.reader import Checkpoint
+from hswq.loader import dequantize_module
 from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
 from hswq.models.pipeline import build_pipeline
@@ -96,8 +97,8 @@ class Subject:
             setattr(self.pipeline, self.component, self.exact)
 
     def load(self, file: Path) -> Any:
-        """Return the denoiser of a quantized file, its other weights in float32."""
-        return hswq.load_quantized(copy.deepcopy(self.exact), file).float()
+        """Return the denoiser of a quantized file, decoded to float32."""
+        return dequantize_module(hswq.load_quantized(copy.deepcopy(self.exact), file).float())
 
     def calibrate(self, target: Path, options: dict[str, Any], samples: int, bars: Bars) -> None:
         """Write statistics, and codes beside them."""
@@ -175,7 +176,8 @@ def measure(options: argparse.Namespace) -> None:
             common = {"rounding": rounding, "bias_correction": correction, **KINDS[kind]}
             stats = folder / f"{kind}-{rounding}-{correction}.safetensors"
             if stats not in made:
-                measured = {**common, "sensitivity": "impact"}
+                ranked = [it for it in LEVERS.values() if it[1:] == (rounding, correction)]
+                measured = {**common, "sensitivity": min(it[0] for it in ranked)}
                 subject.calibrate(stats, measured, options.samples, bars)
                 made.add(stats)
             output = folder / "quantized.safetensors"

@@ -450,3 +450,45 @@ class QuantizeConfig(CalibrationConfig):
         name, value = next((name, given[name]) for name in BUDGETS if given.get(name) is not None)
         in_bytes = name == "target_size"
         return name, float(parse_size("--target-size", value) if in_bytes else value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(CalibrationConfig):
+    """How files of one model are compared by what they paint.
+
+    `samples` prompts are painted, each with `seeds` noises from `seed` on.
+
+    Raises:
+        OptionError: a value is outside its range or contradicts another.
+    """
+
+    samples: int = option(8, "prompts to paint", minimum=1, group=SAMPLING)
+    seed: int = option(
+        1_000_000,
+        "seed of the first noise: far from those of calibration",
+        minimum=0,
+        maximum=2**62,
+        group=SAMPLING,
+    )
+    seeds: int = option(1, "noises a prompt", minimum=1, maximum=1000, group=SAMPLING)
+    batch: int = option(1, "images painted together", minimum=1, maximum=1024, group=SAMPLING)
+    calls: int = option(
+        16,
+        "calls of the unquantized denoiser at which the files' predictions are compared",
+        minimum=1,
+        maximum=4096,
+        group=SAMPLING,
+    )
+    html: str | None = option(
+        None, "report with images and charts; JSON is written beside it", metavar="FILE"
+    )
+    write_metadata: bool = option(
+        False, "write the figures into the metadata of the files that were compared"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embeddings is not None:
+            raise OptionError("bench paints prompts, and takes no --embeddings.")
+        if self.html is not None and not self.html.endswith(".html"):
+            raise OptionError(f"--html is {self.html!r}; a name that ends in .html is needed.")

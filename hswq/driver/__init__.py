@@ -1,5 +1,6 @@
 """The whole job: files, devices, statistics and plans joined."""
 
+from hswq.driver.bench import bench_files
 from hswq.driver.calibrate import calibrate_checkpoint
 from hswq.driver.compare import compare_files
 from hswq.driver.convert import ConvertReport, convert_checkpoint, dequantize_checkpoint
@@ -10,6 +11,7 @@ from hswq.driver.report import Report
 __all__ = [
     "ConvertReport",
     "Report",
+    "bench_files",
     "calibrate_checkpoint",
     "compare_files",
     "convert_checkpoint",

@@ -123,7 +123,7 @@ def calibrate_source(
         checkpoint,
         source.detection,
         pipeline_dir=folder,
-        dtype=_calibration_dtype(config, source, model_map, device),
+        dtype=calibration_dtype(config, source, model_map, device),
         device=device,
         text_encoders=tuple(map(Path, config.text_encoder)),
         allow_download=config.allow_download,
@@ -254,7 +254,7 @@ def _free_cached_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _calibration_dtype(
+def calibration_dtype(
     config: CalibrationConfig, source: Source, model_map: ModelMap, device: torch.device
 ) -> torch.dtype:
     """Return the dtype the denoiser runs in.

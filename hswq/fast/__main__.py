@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, NoReturn, cast
 
-from hswq.config import CalibrationConfig, QuantizeConfig
+from hswq.config import BenchConfig, CalibrationConfig, QuantizeConfig
 from hswq.errors import BackendError, HswqError, InputError, OptionError
 from hswq.fast.arguments import config_from, make_parser
 from hswq.fast.terminal import EscapingFormatter, escape_lines
@@ -155,6 +155,26 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _show(arguments, facts, render_facts(facts))
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    config = cast(BenchConfig, config_from(arguments, BenchConfig))
+    from hswq.driver import bench_files
+    from hswq.fast.render import render_bench
+
+    if config.html is not None:
+        from hswq.quality.plots import pyplot
+
+        pyplot()
+    bench = _with_bars(
+        arguments,
+        lambda progress: bench_files(arguments.input, arguments.files, config, progress=progress),
+    )
+    if config.html is not None:
+        from hswq.quality.report import write_report
+
+        write_report(bench, config.html)
+    _show(arguments, bench.to_dict(), render_bench(bench))
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     from hswq.driver import convert_checkpoint
     from hswq.fast.render import render_conversion
@@ -207,6 +227,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "plan": _plan,
     "inspect": _inspect,
     "compare": _compare,
+    "bench": _bench,
     "convert": _convert,
     "dequantize": _dequantize,
     "demo": _demo,

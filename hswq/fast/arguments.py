@@ -9,11 +9,16 @@ import typing
 from typing import Any
 
 import hswq
-from hswq.config import CONTAINERS, FLOATS, CalibrationConfig, QuantizeConfig
+from hswq.config import CONTAINERS, FLOATS, BenchConfig, CalibrationConfig, QuantizeConfig
 
 EPILOG = (
     "exit codes: 0 done, 1 input or output refused, 2 usage, 3 backend, 4 internal error, "
     "130 interrupted"
+)
+# Options of calibration that painting has no use for.
+_NOT_OF_BENCH = (
+    *("embeddings", "activations", "scaled", "container", "preset", "sensitivity", "rounding"),
+    *("bias_correction", "damping", "gram_memory", "search", "bins", "candidates", "refinements"),
 )
 
 
@@ -51,6 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", "describe a checkpoint, statistics file or plan")
     inspect.add_argument("path", help="file or folder")
+
+    bench = _command(commands, "bench", "compare files of one model by what they paint")
+    _add_paths(bench, output=None)
+    bench.add_argument("files", nargs="+", help="FP8 files made from the checkpoint")
+    add_options(bench, BenchConfig, without=_NOT_OF_BENCH)
 
     convert = _command(commands, "convert", "write an FP8 file in another container")
     _add_paths(convert, output="the .safetensors file to write")

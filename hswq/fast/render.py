@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hswq.driver.demo import DemoResult
     from hswq.kernels import BackendStatus
     from hswq.plan import Plan
+    from hswq.quality.bench import Bench
     from hswq.quality.compare import Comparison
 
 
@@ -118,6 +119,30 @@ def render_comparison(comparison: Comparison) -> str:
         if names:
             lines.append(f"{what}: {_short(list(names))}")
     return "\n".join(lines)
+
+
+def render_bench(bench: Bench) -> str:
+    """Return the figures of `bench`, a line a file."""
+    means = [entry.means(len(bench.prompts)) for entry in bench.entries]
+    metrics = list(means[0])
+    rows = [("file", "size", *metrics)]
+    for entry, found in zip(bench.entries, means, strict=True):
+        size = "-" if entry.file_bytes is None else gigabytes(entry.file_bytes)
+        cells = (f"{found[name][0]:.3g} ± {found[name][1]:.1g}" for name in metrics)
+        rows.append((escape(entry.name), size, *cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"against the unquantized model: {len(bench.prompts)} prompts, "
+            f"{len(bench.seeds)} noises each; mean and half width of the 95 % interval",
+        ]
+    )
 
 
 def _decibels(value: float | None) -> str:

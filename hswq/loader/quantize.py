@@ -91,6 +91,20 @@ def quantize_module(
     return module
 
 
+def dequantize_module(module: nn.Module) -> nn.Module:
+    """Replace the FP8 layers of a module by plain ones that hold their decoded weights.
+
+    In float32 the numbers are the same; it takes four times the memory, and is quicker on CPUs.
+
+    Returns:
+        The module, changed in place.
+    """
+    for name, part in list(module.named_modules()):
+        if isinstance(part, (Linear, Conv2d)):
+            module.set_submodule(name, part.to_float())
+    return module
+
+
 def _input_scales(plan: Plan, calibration: Calibration | None) -> dict[str, Tensor]:
     """Return the scale of each quantized layer's inputs that has one."""
     if plan.options.get("activations") != "fp8":

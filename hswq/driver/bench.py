@@ -1,0 +1,216 @@
+"""Files of one model compared by what they paint."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hswq.calibration import load_prompts, sampling_settings
+from hswq.config import BenchConfig
+from hswq.driver.calibrate import calibration_dtype, resolve_device
+from hswq.driver.source import Source, open_source
+from hswq.errors import InputError
+from hswq.formats.reader import Checkpoint
+from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.loader import dequantize_module, load_transformer, load_unet, quantize_module
+from hswq.models.detect import detect
+from hswq.models.families import FAMILIES
+from hswq.models.quiet import quiet_libraries
+from hswq.plan import LayerPlan, Plan
+from hswq.progress import Progress, no_progress
+from hswq.quality.bench import (
+    Bench,
+    Entry,
+    check_images,
+    following,
+    measure,
+    perceptual_distance,
+)
+from hswq.quality.images import paint
+
+NAIVE = "naive cast"
+_CHUNK_BYTES = 32 << 20
+
+
+def bench_files(
+    src: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
+    config: BenchConfig,
+    *,
+    progress: Progress = no_progress,
+) -> Bench:
+    """Paint prompts with a checkpoint, a naive FP8 cast of it, and files made from it.
+
+    The naive cast rounds the weight of every Linear and Conv2d as it is, and nothing else. One
+    denoiser is in memory at a time.
+
+    Args:
+        src: the 16-bit or 32-bit checkpoint that the files were made from.
+        files: FP8 files of any container.
+        config: prompts, noises, steps and the like.
+        progress: called with (phase, images done, images in all).
+    Raises:
+        InputError: a file is of another family or layout, or a component is missing.
+        FormatError: a file is damaged.
+    """
+    paths = [Path(path) for path in files]
+    prompts = load_prompts(config.calib_file)[: config.samples]
+    seeds = list(range(config.seed, config.seed + config.seeds))
+    for file in paths:
+        # A wrong name is told before anything is painted.
+        Checkpoint.open(file).close()
+    with open_source(src) as source, quiet_libraries():
+        pipeline, sampler = _pipeline(source, config)
+        family = FAMILIES[source.detection.family]
+        denoiser = getattr(pipeline, family.component)
+        steps, guidance = sampling_settings(sampler, denoiser.config, config)
+        pixels = config.latent * pipeline.vae_scale_factor
+        check_images(pixels)
+        painting = partial(
+            paint,
+            *(pipeline, sampler, prompts, seeds),
+            steps=steps,
+            guidance=guidance,
+            pixels=pixels,
+            batch=config.batch,
+            progress=progress,
+        )
+        with following(denoiser, config.calls) as recorded:
+            exact = painting(phase="exact")
+            trajectory = recorded()
+        device, dtype = next(denoiser.parameters()).device, denoiser.dtype
+        perceptual = perceptual_distance()
+        settings = {
+            "steps": steps,
+            "guidance": guidance,
+            "pixels": pixels,
+            "dtype": str(dtype).removeprefix("torch."),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "calls": len(trajectory.calls),
+        }
+        bench = Bench(Path(src).name, settings, prompts, seeds, exact)
+        candidates: list[tuple[str, Path | None]] = [(NAIVE, None)]
+        candidates += [(path.name, path) for path in paths]
+        for name, path in candidates:
+            # The one before goes first: each may fill the memory.
+            before = getattr(pipeline, family.component)
+            setattr(pipeline, family.component, None)
+            if path is None:
+                denoiser = _naive(before)
+            else:
+                del before, denoiser
+                gc.collect()
+                denoiser = _load(path, source, config, device, dtype)
+            if device.type == "cpu":
+                # Products of decoded weights are the same, and torch's own are quicker there.
+                denoiser = dequantize_module(denoiser)
+            setattr(pipeline, family.component, denoiser)
+            painted = painting(phase=name)
+            values = {
+                "noise_error": trajectory.errors(denoiser, device),
+                **measure(painted, exact, perceptual),
+            }
+            size = None if path is None else path.stat().st_size
+            bench.entries.append(Entry(name, size, _options(path), values, painted))
+        if config.write_metadata:
+            for entry, content, written in zip(
+                bench.entries[1:], bench.to_dict()["entries"][1:], paths, strict=True
+            ):
+                figures = {"settings": settings, "mean": content["mean"], "ci95": content["ci95"]}
+                figures |= {"prompts": len(prompts), "seeds": len(seeds)}
+                _write_metadata(written, {"hswq.bench": json.dumps(figures, sort_keys=True)})
+                entry.file_bytes = written.stat().st_size
+    return bench
+
+
+def _pipeline(source: Source, config: BenchConfig) -> tuple[Any, Any]:
+    from hswq.models.pipeline import build_pipeline
+
+    device = resolve_device(config.device)
+    model_map = source.trace(config.pipeline)
+    pipeline = build_pipeline(
+        *(source.checkpoint, source.detection, model_map),
+        pipeline_dir=None if config.pipeline is None else Path(config.pipeline),
+        dtype=calibration_dtype(config, source, model_map, device),
+        device=device,
+        text_encoders=tuple(map(Path, config.text_encoder)),
+        vae=True,
+        allow_download=config.allow_download,
+    )
+    return pipeline, FAMILIES[source.detection.family].sampler
+
+
+def _naive(denoiser: nn.Module) -> nn.Module:
+    """Round every Linear and Conv2d of a denoiser to FP8 without a scale, in place."""
+    layers = tuple(
+        LayerPlan(
+            *(name, "linear" if isinstance(part, nn.Linear) else "conv2d"),
+            tuple(part.weight.shape),
+            quantized=True,
+            scaled=False,
+            reason=NAIVE,
+        )
+        for name, part in denoiser.named_modules()
+        if isinstance(part, (nn.Linear, nn.Conv2d))
+    )
+    return quantize_module(denoiser, Plan(layers, {}, 0, 0))
+
+
+def _load(
+    path: Path, source: Source, config: BenchConfig, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Load a file as its users do, what is not FP8 in the dtype of the comparison.
+
+    Raises:
+        InputError: it is of another family than the source.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        found = detect(checkpoint).family
+    family = source.detection.family
+    if found != family:
+        raise InputError(f"'{path}' is of the family {found}, '{source.checkpoint.path}' {family}.")
+    load = load_unet if FAMILIES[family].component == "unet" else load_transformer
+    folder = config.pipeline or source.checkpoint.pipeline_dir
+    denoiser: nn.Module = load(path, device=device, dtype=dtype, pipeline=folder)
+    return denoiser
+
+
+def _options(path: Path | None) -> dict[str, Any]:
+    """Return what a file's metadata say of how it was made; empty for other tools' files."""
+    if path is None:
+        return {}
+    with Checkpoint.open(path) as checkpoint:
+        try:
+            options = json.loads(checkpoint.metadata.get("hswq.plan", "{}")).get("options", {})
+        except (ValueError, AttributeError):
+            return {}
+    return dict(options) if isinstance(options, dict) else {}
+
+
+def _write_metadata(path: Path, extra: dict[str, str]) -> None:
+    """Write a file anew with more metadata; it is replaced when the new one is complete.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if not path.is_file():
+        raise InputError(f"'{path}' is no single file: metadata are written into such only.")
+    with Checkpoint.open(path) as checkpoint:
+        metadata = {**checkpoint.metadata, **extra}
+        tensors = checkpoint.tensors.values()
+        specs = [TensorSpec(info.name, info.dtype, info.shape) for info in tensors]
+        with CheckpointWriter(path, specs, len(json.dumps(metadata).encode())) as writer:
+            for info in tensors:
+                for offset in range(0, info.nbytes, _CHUNK_BYTES):
+                    length = min(_CHUNK_BYTES, info.nbytes - offset)
+                    part = checkpoint.read_bytes(info.name, offset, length)
+                    writer.write_chunk(info.name, offset, part)
+            writer.commit(metadata)
