@@ -129,7 +129,7 @@ class Calibration:
         samples: indices of the samples that were run.
         records: some calls of the denoiser, for measuring impact.
         impact: what quantizing each layer alone changes, where that was measured.
-        shared_inputs: for Linears that got the inputs of one layer in every call, which; not saved.
+        shared_inputs: for Linears that got the inputs of one layer in every call, which.
         grams: Gram matrices of the layers' inputs, where they were gathered; not saved.
         codes: file of the layers' compensated codes, where there is one; not saved.
     """
@@ -258,6 +258,11 @@ class Calibration:
             dict(self.settings),
             tuple(sorted(self.samples + other.samples)),
             records=first.records + second.records,
+            shared_inputs={
+                name: owner
+                for name, owner in self.shared_inputs.items()
+                if other.shared_inputs.get(name) == owner
+            },
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -297,6 +302,8 @@ class Calibration:
             metadata["hswq.fingerprint"] = self.fingerprint
         if self.impact is not None:
             metadata["hswq.impact"] = self.impact.to_json()
+        if self.shared_inputs:
+            metadata["hswq.shared_inputs"] = json.dumps(self.shared_inputs, sort_keys=True)
         structures = []
         for number, call in enumerate(self.records):
             structure, parts = call.to_parts()
@@ -390,6 +397,7 @@ class Calibration:
                 for number, text in enumerate(structures)
             ),
             None if impact is None else Impact.from_json(impact),
+            dict(json.loads(metadata.get("hswq.shared_inputs", "{}"))),
         )
 
     def _layer(self, name: str) -> LayerStatistics:

@@ -64,10 +64,9 @@ def bench_files(
     paths = [Path(path) for path in files]
     prompts = load_prompts(config.calib_file)[: config.samples]
     seeds = list(range(config.seed, config.seed + config.seeds))
-    for file in paths:
-        # A wrong name is told before anything is painted.
-        Checkpoint.open(file).close()
     with open_source(src) as source, quiet_libraries():
+        for file in paths:
+            _check_family(file, source)
         pipeline, sampler = _pipeline(source, config)
         family = FAMILIES[source.detection.family]
         denoiser = getattr(pipeline, family.component)
@@ -164,19 +163,27 @@ def _naive(denoiser: nn.Module) -> nn.Module:
     return quantize_module(denoiser, Plan(layers, {}, 0, 0))
 
 
-def _load(
-    path: Path, source: Source, config: BenchConfig, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """Load a file as its users do, what is not FP8 in the dtype of the comparison.
+def _check_family(path: Path, source: Source) -> None:
+    """Refuse a file of another family than the source.
 
     Raises:
-        InputError: it is of another family than the source.
+        InputError: it is, or cannot be read.
     """
     with Checkpoint.open(path) as checkpoint:
         found = detect(checkpoint).family
     family = source.detection.family
     if found != family:
-        raise InputError(f"'{path}' is of the family {found}, '{source.checkpoint.path}' {family}.")
+        raise InputError(
+            f"'{path}' is of the family {found}, '{source.checkpoint.path}' of {family}: files of "
+            "one model can be compared."
+        )
+
+
+def _load(
+    path: Path, source: Source, config: BenchConfig, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Load a file as its users do, what is not FP8 in the dtype of the comparison."""
+    family = source.detection.family
     load = load_unet if FAMILIES[family].component == "unet" else load_transformer
     folder = config.pipeline or source.checkpoint.pipeline_dir
     denoiser: nn.Module = load(path, device=device, dtype=dtype, pipeline=folder)

@@ -141,6 +141,9 @@ def calibrate_source(
                 pipeline, sampler, config, conditioning, progress=progress
             )
             calibration.model_map, calibration.fingerprint = model_map, identity
+            if output is not None:
+                # What follows may be interrupted, and need not sample again.
+                calibration.save(output)
         if config.rounding == "compensated":
             calibration.codes = codes or codes_path(output or _no_place_for_codes())
             if not _are_codes_of(calibration, config):
@@ -183,7 +186,8 @@ def _measure_impact(
     """Measure with the codes that files will have."""
     with ExitStack() as opened:
         rounder = None
-        if calibration.codes is not None and calibration.model_map is not None:
+        compensated = config.rounding == "compensated"
+        if compensated and calibration.codes is not None and calibration.model_map is not None:
             codes = opened.enter_context(Codes(calibration.codes))
             rounder = RoundedParts(codes, calibration.model_map)
         measure_impact(
@@ -197,8 +201,9 @@ def _measure_impact(
 def _unfinished(
     output: Path | None, run: SamplingRun, identity: str, config: CalibrationConfig
 ) -> Calibration | None:
-    """Return the statistics of an equal run whose measurement of impact was interrupted."""
-    if output is None or config.sensitivity != "impact" or not output.is_file():
+    """Return the statistics of an equal run that was interrupted after sampling."""
+    measures = config.sensitivity == "impact" or config.rounding == "compensated"
+    if output is None or not measures or not output.is_file():
         return None
     try:
         found = Calibration.load(output)
@@ -208,12 +213,19 @@ def _unfinished(
         *(identity, json.loads(json.dumps(run.settings()))),
         tuple(run.indices),
     )
-    if not same or found.impact is None or found.impact.values:
+    complete = found.impact is not None and found.impact.values
+    if not same or complete or (config.sensitivity == "impact" and not _has_calls(found, run)):
         return None
     if config.activations == "fp8" and any(found.input_max(name) is None for name in found.modules):
         return None
-    logger.info("going on with the measurement of impact in %s", output)
+    logger.info("going on with what %s holds", output)
     return found
+
+
+def _has_calls(found: Calibration, run: SamplingRun) -> bool:
+    """Tell whether as many steps were recorded as are asked for, of one or two calls each."""
+    steps = len(run.recorded_steps())
+    return len(found.records) in (steps, 2 * steps)
 
 
 def _saver(calibration: Calibration, output: Path | None) -> Callable[[], None]:

@@ -92,7 +92,7 @@ def write_codes(
         {key: unit.shape for key, unit in units.items()},
         biases,
         calibration.fingerprint or "",
-        calibration.settings,
+        _run_settings(calibration),
         codes_options(config),
     )
     job = _Rounding(source, calibration, config, biases)
@@ -113,7 +113,6 @@ def write_codes(
                 job.round(unit, grams.get(unit.modules[0].name), writer)
                 done += 1
                 progress("round", done, len(units))
-            job.forget()
         writer.commit()
     if job.unusable:
         logger.warning(
@@ -138,12 +137,9 @@ class _Rounding:
         self._calibration = calibration
         self._config = config
         self._biases = biases
-        self._factors: dict[tuple[int, bool], Factors] = {}
+        self._gram: Gram | None = None
+        self._factors: dict[bool, Factors] = {}
         self.unusable: dict[str, str] = {}
-
-    def forget(self) -> None:
-        """Let go of the Gram matrices of a group."""
-        self._factors.clear()
 
     def round(self, unit: Unit, gram: Gram | None, writer: CodesWriter) -> None:
         checkpoint, config = self._source.checkpoint, self._config
@@ -181,10 +177,16 @@ class _Rounding:
         )
 
     def _shared(self, gram: Gram, centred: bool) -> Factors:
-        key = id(gram), centred
-        if key not in self._factors:
-            self._factors[key] = Factors(gram, centred, self._config.damping)
-        return self._factors[key]
+        """Return the factors of a Gram matrix, kept for the next layer that shares it.
+
+        Only for that: they take three times the memory of the matrix.
+        """
+        if gram is not self._gram:
+            self._factors.clear()
+            self._gram = gram
+        if centred not in self._factors:
+            self._factors[centred] = Factors(gram, centred, self._config.damping)
+        return self._factors[centred]
 
     def _search(self, unit: Unit, weight: Tensor, scaled: bool) -> AmaxResult:
         bins, candidates, refinements = self._config.search_settings
@@ -248,8 +250,8 @@ def check_codes(codes: Codes, calibration: Calibration, config: CalibrationConfi
     Raises:
         InputError: they do not belong to these statistics, or were made with other options.
     """
-    settings = json.loads(json.dumps(calibration.settings))
-    if (codes.fingerprint, codes.settings) != (calibration.fingerprint, settings):
+    expected = calibration.fingerprint, _run_settings(calibration)
+    if (codes.fingerprint, codes.settings) != expected:
         raise InputError(
             f"{codes.path} does not belong to these statistics: it was made from another "
             "checkpoint or calibration. Calibrate again with --rounding compensated."
@@ -262,3 +264,10 @@ def check_codes(codes: Codes, calibration: Calibration, config: CalibrationConfi
             f"{codes.options}, and {wanted} is asked for. Calibrate again with the options of the "
             "file that is to be written, or write it with those of the codes."
         )
+
+
+def _run_settings(calibration: Calibration) -> dict[str, Any]:
+    """Return what tells one calibration of a checkpoint from another, as JSON has it."""
+    content = {**calibration.settings, "samples": calibration.samples}
+    found: dict[str, Any] = json.loads(json.dumps(content))
+    return found

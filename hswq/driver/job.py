@@ -14,6 +14,7 @@ from torch import Tensor
 import hswq
 from hswq import kernels
 from hswq.calibration import Calibration, Codes
+from hswq.calibration.gram import MAX_COLUMNS
 from hswq.config import BUDGETS, QuantizeConfig
 from hswq.driver.source import Source
 from hswq.errors import InputError
@@ -320,6 +321,16 @@ def job_warnings(job: Job) -> list[str]:
         found.append(
             f"{len(dynamic)} FP8 layers get no input scale, since a few of their tokens are far "
             f"larger than the others: {', '.join(dynamic[:10])}{' …' if len(dynamic) > 10 else ''}."
+        )
+    wide = [
+        layer.name
+        for layer in job.layers.values()
+        if layer.quantized and math.prod(layer.shape[1:]) > MAX_COLUMNS
+    ]
+    if job.codes is not None and wide:
+        found.append(
+            f"{len(wide)} layers have more than {MAX_COLUMNS} columns and are compensated in "
+            f"blocks of them: {', '.join(wide[:10])}{' …' if len(wide) > 10 else ''}."
         )
     uncounted = [
         layer.name

@@ -20,6 +20,7 @@ from hswq.formats.e4m3 import E4M3_MAX
 from hswq.plan.replay import Replay
 from hswq.progress import Progress, no_progress
 from hswq.search import search_amax
+from hswq.search.compensated import Factors, round_weight
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +86,14 @@ def measure_impact(
         calibration: holds records; its `impact` is filled, and taken up again where an earlier
             measurement with the same options was interrupted.
         config: scaled, container, conv, the search and the rounding are read.
-        rounder: gives the units quantized; None rounds to nearest.
+        rounder: gives the units quantized; None rounds the module's own weights as the options say.
         progress: called with ('impact', runs done, runs in all).
         save: called from time to time with the measurement so far in `calibration.impact`.
     Returns:
         The impact of every layer; that of a fused weight is divided among its layers by size.
     Raises:
-        InputError: no call was recorded, or a call gives NaN, Inf or only zeros.
+        InputError: no call was recorded, a call gives NaN, Inf or only zeros, or compensated
+            rounding is asked for and no Gram matrices were gathered.
     """
     if not calibration.records:
         raise InputError(
@@ -106,7 +108,9 @@ def measure_impact(
     if impact is None or impact.options != options or impact.calls != len(calibration.records):
         impact = Impact({}, options, len(calibration.records))
     calibration.impact = impact
-    rounder = rounder or _Nearest(layers, calibration, config)
+    if rounder is None:
+        compensated = config.rounding == "compensated"
+        rounder = (_Compensated if compensated else _Nearest)(layers, calibration, config)
     sums = {unit: list(impact.partial.get(unit[0], ())) for unit in units}
     total = len(units) * len(calibration.records)
     done = 0
@@ -239,3 +243,38 @@ class _Nearest:
             )
             self._amax[unit[0]] = found.amax, found.scale
         return self._amax[unit[0]]
+
+
+class _Compensated(_Nearest):
+    """Rounds units by the Gram matrices of their inputs, as `quantize_module` does, and once."""
+
+    def __init__(
+        self, layers: Mapping[str, Any], calibration: Calibration, config: CalibrationConfig
+    ) -> None:
+        if not calibration.grams:
+            raise InputError(
+                "the calibration holds no Gram matrices, which compensated rounding needs: observe "
+                "the module with gram=True."
+            )
+        super().__init__(layers, calibration, config)
+        self._rounded: dict[str, tuple[Tensor, float, Tensor | None]] = {}
+
+    def __call__(self, unit: Sequence[str]) -> list[Part]:
+        if any(name not in self._calibration.grams for name in unit):
+            return super().__call__(unit)
+        amax, scale = self._threshold(unit, [self._layers[name].weight.detach() for name in unit])
+        parts = []
+        for name in unit:
+            if name not in self._rounded:
+                self._rounded[name] = self._round(name, amax, scale)
+            codes, scale, bias = self._rounded[name]
+            parts.append(Part(name, kernels.dequantize_e4m3(codes, scale), bias))
+        return parts
+
+    def _round(self, name: str, amax: float, scale: float) -> tuple[Tensor, float, Tensor | None]:
+        layer, config = self._layers[name], self._config
+        centred = config.bias_correction and layer.bias is not None
+        factors = Factors(self._calibration.grams[name], centred, config.damping)
+        rounded = round_weight(layer.weight, factors, amax, scale, backend=config.backend)
+        bias = layer.bias.detach().cpu().double() + rounded.shift if centred else None
+        return rounded.codes, scale, None if bias is None else bias.float()

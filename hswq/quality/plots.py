@@ -68,10 +68,11 @@ def plot_curve(
     target = check_plot_path(path)
     figure, axes = pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
     shown = [point for point in curve if point.error > 0.0]
-    axes.plot([point.file_bytes / 1e9 for point in shown], [point.error for point in shown])
+    unit, factor = ("GB", 1e9) if curve[-1].file_bytes >= 1e9 else ("MB", 1e6)
+    axes.plot([point.file_bytes / factor for point in shown], [point.error for point in shown])
     if chosen is not None and chosen[1] > 0.0:
-        axes.plot([chosen[0] / 1e9], [chosen[1]], "o", color="black", label="this plan")
+        axes.plot([chosen[0] / factor], [chosen[1]], "o", color="black", label="this plan")
         axes.legend(frameon=False)
-    axes.set(yscale="log", xlabel="file, GB", ylabel="predicted relative squared error")
+    axes.set(yscale="log", xlabel=f"file, {unit}", ylabel="predicted relative squared error")
     axes.grid(visible=True, alpha=0.3)
     save(figure, target, target.suffix[1:])

@@ -45,6 +45,36 @@ def test_groups_do_not_change_the_codes(tiny, statistics, tmp_path):
     assert (path.parent / codes).read_bytes() == (statistics.parent / codes).read_bytes()
 
 
+def test_interrupted_run_does_not_sample_its_statistics_again(tiny, statistics, tmp_path):
+    """Each group of Gram matrices takes as long as the statistics."""
+    path = tmp_path / "s.safetensors"
+    config = tiny_calibration_config(tiny.pipeline, **COMPENSATED)
+
+    def interrupt(phase, done, total):
+        if phase == "round" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hswq.calibrate_checkpoint(tiny.checkpoint, config, path, progress=interrupt)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    phases = set()
+    hswq.calibrate_checkpoint(
+        tiny.checkpoint, config, path, progress=lambda phase, *_: phases.add(phase)
+    )
+    assert "calibrate" not in phases
+    codes = "s.codes.safetensors"
+    assert (tmp_path / codes).read_bytes() == (statistics.parent / codes).read_bytes()
+    # What lies there from another run is none of a run with nearest codes.
+    nearest = {"sensitivity": "impact", "calls": 1}
+    expected = hswq.calibrate_checkpoint(
+        tiny.checkpoint, tiny_calibration_config(tiny.pipeline, **nearest)
+    )
+    found = hswq.calibrate_checkpoint(
+        tiny.checkpoint, tiny_calibration_config(tiny.pipeline, **nearest), path
+    )
+    assert found.impact.values == expected.impact.values
+
+
 def test_file_has_the_codes_and_biases(tiny, statistics, tmp_path):
     """Every FP8 layer has its compensated codes, every other tensor the source's bytes."""
     output = tmp_path / "out.safetensors"

@@ -213,6 +213,30 @@ def test_plan_by_impact(module, caplog):
     assert "the ranking is a guess" in caplog.text
 
 
+def test_impact_of_compensated_codes_is_that_of_the_quantized_module(module):
+    """A loop of one's own has no file of codes: the Gram matrices must give the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad(), hswq.observe(module, record=2, gram=True) as calibration:
+        for _ in range(4):
+            sample = torch.randn(2, 3, 4, 4, generator=generator) + 0.5
+            module(sample, {"value": torch.tensor(1.5)})
+    config = hswq.QuantizeConfig(preset="best", keep_bytes=0.0, container="hswq")
+    impact = calibration.measure_impact(module, config)
+    plan = hswq.make_plan(module, calibration, config)
+    layer = next(it for it in plan.layers if it.name == "blocks.1.first")
+    alone = hswq.Plan((layer,), plan.options, 0, 0)
+    quantized_module = hswq.quantize_module(copy.deepcopy(module), alone, calibration)
+    changes = []
+    for call in calibration.records:
+        with torch.no_grad():
+            exact, other = (call.run(it, CPU)[0].double() for it in (module, quantized_module))
+        changes.append(float((other - exact).square().sum() / exact.square().sum()))
+    assert impact.values[layer.name] == pytest.approx(sum(changes) / 2, rel=1e-3)
+    calibration.grams.clear()
+    with pytest.raises(InputError, match=r"no Gram matrices.*gram=True"):
+        calibration.measure_impact(module, config)
+
+
 def test_units_without_a_map_are_the_layers(module):
     """A loop of one's own has no checkpoint whose weights are fused."""
     assert len(units_of(module, observed(module))) == 10
