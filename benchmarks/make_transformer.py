@@ -35,12 +35,13 @@ def flux_shapes(
     single: int = 1,
     text: int = 32,
     pooled: int = 24,
+    inputs: int = 64,
 ) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes of a Flux.1-dev transformer in BFL's layout."""
     linears = {
-        "img_in": (width, 64),
+        "img_in": (width, inputs),
         "txt_in": (width, text),
-        "final_layer.linear": (64, width),
+        "final_layer.linear": (inputs, width),
         "final_layer.adaLN_modulation.1": (2 * width, width),
     }
     for name, inputs in (("time_in", 256), ("vector_in", pooled), ("guidance_in", 256)):
@@ -71,13 +72,18 @@ def flux_shapes(
 
 
 def z_image_shapes(
-    width: int = 64, head: int = 16, layers: int = 2, refiners: int = 1, text: int = 32
+    width: int = 64,
+    head: int = 16,
+    layers: int = 2,
+    refiners: int = 1,
+    text: int = 32,
+    inputs: int = 64,
 ) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes of a Z-Image transformer in ComfyUI's layout."""
     embedding, hidden = min(width, 256), int(width / 3 * 8)
     linears = {
-        "x_embedder": (width, 64),
-        "final_layer.linear": (64, width),
+        "x_embedder": (width, inputs),
+        "final_layer.linear": (inputs, width),
         "final_layer.adaLN_modulation.1": (width, embedding),
         "t_embedder.mlp.0": (1024, 256),
         "t_embedder.mlp.2": (embedding, 1024),

@@ -1,6 +1,7 @@
 """Image quality at equal file bytes: the seed's choices against measured impact and compensation.
 
     python -m benchmarks.quality --plot docs/quality.svg
+    python -m benchmarks.quality --model DIR --name flux --levers seed best
 
 Calibrates a checkpoint once for each kind of codes, writes a file for every lever and budget, loads
 it with hswq's own loader and paints prompts that the calibration has not seen, from noise that it
@@ -17,25 +18,25 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import hswq
 from benchmarks.record import RESULTS, machine_name, record
 from benchmarks.seed_algorithm import kept_by_variance
 from hswq.calibration import Calibration
+from hswq.config import BenchConfig
 from hswq.driver.demo import demo_folder
+from hswq.driver.sampling import prepare_sampling
+from hswq.driver.source import open_source
 from hswq.fast.bars import Bars
 from hswq.formats.quantized import dequantize
 from hswq.formats.reader import Checkpoint
 from hswq.loader import dequantize_module
-from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
-from hswq.models.pipeline import build_pipeline
-from hswq.models.trace import trace_map
 from hswq.quality.images import Painted, mean_interval, mse, paint, psnr_db, ssim
 
 BUDGETS = (0.0, 0.05, 0.10, 0.25)
@@ -50,86 +51,83 @@ LEVERS = {
 KINDS = {"V1": {"container": "comfy"}, "V2": {"scaled": True, "container": "hswq"}}
 # Noise of the calibration starts from seed 0.
 FIRST_SEED = 100_000
+LATENT = 16
+CALIBRATION = {"samples": 32, "calls": 8}
+MODELS = ("demo", "other", "flux", "z-image")
 
 
-@dataclass
 class Subject:
-    """A checkpoint under test, with what it paints unquantized."""
+    """A checkpoint under test, with what it paints unquantized.
 
-    name: str
-    checkpoint: Path
-    folder: Path
-    calibration_prompts: Path
-    prompts: list[str]
-    seeds: list[int]
-    steps: int
-    latent: int
-    calls: int
+    Args:
+        folder: pipeline folder that holds it as demo.safetensors or model.safetensors, and prompts
+            as prompts.txt or embeddings.safetensors: the first half to calibrate, the others to
+            judge.
+        options: of the command line.
+        scratch: folder for files of one run.
+        bars: progress.
+    """
 
-    def __post_init__(self) -> None:
-        with Checkpoint.open(self.checkpoint) as checkpoint:
-            detection = detect(checkpoint)
-            self.sampler = FAMILIES[detection.family].sampler
-            self.pipeline = build_pipeline(
-                *(checkpoint, detection, trace_map(checkpoint, detection, self.folder)),
-                pipeline_dir=self.folder,
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-                vae=True,
-            )
-        self.component = FAMILIES[detection.family].component
-        self.exact = getattr(self.pipeline, self.component)
-        _, self.guidance = self.sampler.defaults(self.exact.config)
+    def __init__(self, folder: Path, options: argparse.Namespace, scratch: Path, bars: Bars):
+        self.options, self.folder = options, folder
+        names = ("demo.safetensors", "model.safetensors")
+        self.checkpoint = next(folder / name for name in names if (folder / name).is_file())
+        judged = self._halve(scratch)
+        config = BenchConfig(samples=options.prompts, steps=options.steps, **judged)
+        self.seeds = list(range(FIRST_SEED, FIRST_SEED + options.seeds))
+        with open_source(self.checkpoint) as source:
+            self.sampling = prepare_sampling(source, config, bars, vae=True)
+        self.exact = self.sampling.denoiser
+
+    def _halve(self, scratch: Path) -> dict[str, Any]:
+        """Write both halves of the prompts and return the options of the second."""
+        halves = []
+        embeddings = self.folder / "embeddings.safetensors"
+        if embeddings.is_file():
+            tensors = load_file(embeddings)
+            middle = len(tensors["prompt_embeds"]) // 2
+            for name, rows in (("first", slice(middle)), ("second", slice(middle, None))):
+                path = scratch / f"{name}.safetensors"
+                save_file({key: rows_of[rows].clone() for key, rows_of in tensors.items()}, path)
+                halves.append({"embeddings": str(path)})
+        else:
+            texts = (self.folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+            middle = len(texts) // 2
+            for name, some in (("first", texts[:middle]), ("second", texts[middle:])):
+                path = scratch / f"{name}.txt"
+                path.write_text("\n".join(some) + "\n", encoding="utf-8")
+                halves.append({"calib_file": str(path)})
+        for half in halves:
+            half |= {"pipeline": str(self.folder), "latent": LATENT}
+        self.calibration = halves[0]
+        return halves[1]
 
     def paint(self, denoiser: Any, bars: Bars) -> Painted:
         """Paint all prompts with all seeds."""
-        setattr(self.pipeline, self.component, denoiser)
+        sampling, pipeline = self.sampling, self.sampling.pipeline
+        name = FAMILIES[sampling.model_map.family].component
+        setattr(pipeline, name, denoiser)
         try:
             return paint(
-                *(self.pipeline, self.sampler, self.prompts, self.seeds),
-                steps=self.steps,
-                guidance=self.guidance,
-                pixels=self.latent * self.pipeline.vae_scale_factor,
+                *(pipeline, sampling.sampler, sampling.conditioning, self.options.prompts),
+                self.seeds,
+                steps=sampling.steps,
+                guidance=sampling.guidance,
+                pixels=LATENT * pipeline.vae_scale_factor,
                 batch=16,
                 progress=bars,
             )
         finally:
-            setattr(self.pipeline, self.component, self.exact)
+            setattr(pipeline, name, self.exact)
 
     def load(self, file: Path) -> Any:
         """Return the denoiser of a quantized file, decoded to float32."""
         return dequantize_module(hswq.load_quantized(copy.deepcopy(self.exact), file).float())
 
-    def calibrate(self, target: Path, options: dict[str, Any], samples: int, bars: Bars) -> None:
+    def calibrate(self, target: Path, options: dict[str, Any], bars: Bars) -> None:
         """Write statistics, and codes beside them."""
-        config = hswq.CalibrationConfig(
-            **options,
-            samples=samples,
-            steps=self.steps,
-            latent=self.latent,
-            calls=self.calls,
-            calib_file=str(self.calibration_prompts),
-            pipeline=str(self.folder),
-        )
+        config = hswq.CalibrationConfig(**options, **self.calibration)
         hswq.calibrate_checkpoint(self.checkpoint, config, target, progress=bars)
-
-
-def demo(prompts: int, seeds: int, steps: int, calls: int, folder: Path) -> Subject:
-    """Return the demo checkpoint: half of its prompts to calibrate, the others to judge."""
-    texts = (demo_folder() / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    calibration = folder / "prompts.txt"
-    calibration.write_text("\n".join(texts[:32]) + "\n", encoding="utf-8")
-    return Subject(
-        name="demo",
-        checkpoint=demo_folder() / "demo.safetensors",
-        folder=demo_folder(),
-        calibration_prompts=calibration,
-        prompts=texts[32 : 32 + prompts],
-        seeds=list(range(FIRST_SEED, FIRST_SEED + seeds)),
-        steps=steps,
-        latent=16,
-        calls=calls,
-    )
 
 
 def check_seed(subject: Subject, stats: Path, output: Path, kept: set[str], share: float) -> None:
@@ -154,11 +152,11 @@ def check_seed(subject: Subject, stats: Path, output: Path, kept: set[str], shar
                 assert torch.equal(dequantize(written, unit.key.removesuffix(".weight")), cast)
 
 
-def variants(kinds: list[str], levers: list[str]) -> Iterator[tuple[str, str, float]]:
+def variants(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
     """Yield kind, lever and budget of every file; impact needs a budget to spend."""
-    for kind in kinds:
-        for lever in levers:
-            for share in BUDGETS:
+    for kind in options.kinds:
+        for lever in options.levers:
+            for share in options.budgets:
                 if share or lever not in ("impact", "best"):
                     yield kind, lever, share
 
@@ -167,20 +165,23 @@ def measure(options: argparse.Namespace) -> None:
     """Calibrate, write, paint, record."""
     bars = Bars()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        subject = demo(options.prompts, options.seeds, options.steps, options.calls, folder)
+        scratch = Path(name)
+        subject = Subject(options.model, options, scratch, bars)
         exact = subject.paint(subject.exact, bars)
+        varied = dict(options.vary)
+        calibration = {**CALIBRATION, "steps": subject.sampling.steps, **varied}
         made: set[Path] = set()
-        for kind, lever, share in variants(options.kinds, options.levers):
+        for kind, lever, share in variants(options):
             sensitivity, rounding, correction = LEVERS[lever]
             common = {"rounding": rounding, "bias_correction": correction, **KINDS[kind]}
-            stats = folder / f"{kind}-{rounding}-{correction}.safetensors"
+            stats = scratch / f"{kind}-{rounding}-{correction}.safetensors"
             if stats not in made:
-                ranked = [it for it in LEVERS.values() if it[1:] == (rounding, correction)]
+                levers = [LEVERS[it] for it in options.levers]
+                ranked = [it for it in levers if it[1:] == (rounding, correction)]
                 measured = {**common, "sensitivity": min(it[0] for it in ranked)}
-                subject.calibrate(stats, measured, options.samples, bars)
+                subject.calibrate(stats, {**measured, **calibration}, bars)
                 made.add(stats)
-            output = folder / "quantized.safetensors"
+            output = scratch / "quantized.safetensors"
             config = hswq.QuantizeConfig(
                 **common,
                 sensitivity=sensitivity,
@@ -195,18 +196,19 @@ def measure(options: argparse.Namespace) -> None:
             painted = subject.paint(subject.load(output), bars)
             row = {
                 "op": "quality",
-                "model": subject.name,
+                "model": options.name,
                 "kind": kind,
                 "lever": lever,
                 "keep_bytes": share,
                 "kept": len(kept),
                 "file_bytes": report.output_bytes,
-                "prompts": len(subject.prompts),
-                "seeds": len(subject.seeds),
-                "steps": subject.steps,
-                "samples": options.samples,
-                "calls": options.calls,
-                **errors(painted, exact, len(subject.prompts)),
+                "prompts": options.prompts,
+                "seeds": options.seeds,
+                "steps": subject.sampling.steps,
+                "samples": calibration["samples"],
+                "calls": calibration["calls"],
+                **({"varied": varied} if varied else {}),
+                **errors(painted, exact, options.prompts),
             }
             if options.dry:
                 print(json.dumps(row))
@@ -231,94 +233,137 @@ def errors(painted: Painted, exact: Painted, prompts: int) -> dict[str, Any]:
     return found
 
 
-def latest_rows(model: str) -> dict[tuple[str, str, float], dict[str, Any]]:
-    """Return this machine's last row of every variant of a model.
-
-    Raises:
-        SystemExit: there is none.
-    """
+def recorded_rows() -> list[dict[str, Any]]:
+    """Return this machine's rows, in the order in which they were written."""
     path = RESULTS / f"{machine_name()}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = {
+    return [row for row in map(json.loads, lines) if row["op"] == "quality"]
+
+
+def latest_rows(model: str) -> dict[tuple[str, str, float], dict[str, Any]]:
+    """Return the last row of every variant of a model, calibrated as by default."""
+    return {
         (row["kind"], row["lever"], row["keep_bytes"]): row
-        for row in map(json.loads, lines)
-        if row["op"] == "quality" and row["model"] == model
+        for row in recorded_rows()
+        if row["model"] == model and "varied" not in row
     }
-    if not rows:
-        raise SystemExit(f"{path} has no rows of {model}: run `python -m benchmarks.quality`.")
-    return rows
+
+
+def error(row: dict[str, Any] | None) -> str:
+    """Return the error of a row and its interval."""
+    return "-" if row is None else f"{row['latent_mse']:.1e} ± {row['latent_mse_ci95']:.0e}"
 
 
 def table(model: str) -> str:
-    """Return the recorded rows as the README's table."""
+    """Return the rows of a model as a table: budgets down, levers across."""
     rows = latest_rows(model)
-    kinds = sorted({kind for kind, _, _ in rows})
-    lines = ["| kept bytes | " + " | ".join(f"{k} {lever}" for k in kinds for lever in LEVERS)]
-    lines[0] += " |"
-    lines.append("|---|" + "---|" * (len(kinds) * len(LEVERS)))
-    for share in BUDGETS:
-        cells = []
-        for kind in kinds:
-            for lever in LEVERS:
-                # Without a budget there is nothing to rank.
-                twin = {"impact": "seed", "best": "compensated, bias"}.get(lever, lever)
-                row = rows.get((kind, lever, share)) or rows.get((kind, twin, share))
-                cells.append(
-                    "-"
-                    if row is None
-                    else f"{row['latent_mse']:.1e} ± {row['latent_mse_ci95']:.0e}"
-                )
-        lines.append(f"| {share:.0%} | " + " | ".join(cells) + " |")
+    lines = []
+    for kind in sorted({kind for kind, _, _ in rows}):
+        levers = [it for it in LEVERS if any(key[:2] == (kind, it) for key in rows)]
+        lines += [
+            f"| {model}, {kind}: bytes kept | {' | '.join(levers)} | seed / best |",
+            "|---|" + "---|" * (len(levers) + 1),
+        ]
+        for share in BUDGETS:
+            # Without a budget there is nothing to rank.
+            twins = {} if share else {"impact": "seed", "best": "compensated, bias"}
+            found = {it: rows.get((kind, twins.get(it, it), share)) for it in levers}
+            seed, best = found.get("seed"), found.get("best")
+            ratio = f"{seed['latent_mse'] / best['latent_mse']:.3g}" if seed and best else "-"
+            cells = " | ".join(error(row) for row in found.values())
+            lines.append(f"| {share:.0%} | {cells} | {ratio} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def plot(model: str, path: Path) -> None:
-    """Draw latent error against file size, one line a lever."""
+def variations() -> str:
+    """Return the rows of calibrations that were varied, with the default's above them."""
+    lines = ["| model, kind, kept | varied | latent MSE |", "|---|---|---|"]
+    varied = {
+        (row["model"], row["kind"], row["lever"], row["keep_bytes"], str(row["varied"])): row
+        for row in recorded_rows()
+        if "varied" in row
+    }
+    before = None
+    for key, row in sorted(varied.items()):
+        if key[:4] != before:
+            before = key[:4]
+            default = latest_rows(key[0]).get(key[1:4])
+            lines.append(f"| {key[0]} {key[1]} {key[2]} {key[3]:.0%} | - | {error(default)} |")
+        text = ", ".join(f"{name} {value}" for name, value in row["varied"].items())
+        lines.append(f"| | {text} | {error(row)} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path) -> None:
+    """Draw latent error against file size: a panel for each model and kind, a line a lever."""
     import matplotlib as mpl
     from matplotlib import pyplot
 
     # Equal rows, equal file.
     mpl.rcParams.update({"svg.hashsalt": "hswq", "svg.fonttype": "none"})
-    rows = latest_rows(model)
-    kinds = sorted({kind for kind, _, _ in rows})
+    found = {model: latest_rows(model) for model in MODELS}
+    found = {model: rows for model, rows in found.items() if rows}
     figure, panels = pyplot.subplots(
-        1,
-        len(kinds),
-        figsize=(4.8 * len(kinds), 4.2),
-        sharey=True,
+        len(KINDS),
+        len(found),
+        figsize=(3.4 * len(found), 3.2 * len(KINDS)),
+        sharex="col",
+        sharey="col",
         squeeze=False,
         layout="constrained",
     )
-    for axes, kind in zip(panels[0], kinds, strict=True):
-        for lever, marker in zip(LEVERS, "osD^v", strict=True):
-            found = [row for key, row in sorted(rows.items()) if key[:2] == (kind, lever)]
-            axes.errorbar(
-                [row["file_bytes"] / 1e6 for row in found],
-                [row["latent_mse"] for row in found],
-                [row["latent_mse_ci95"] for row in found],
-                marker=marker,
-                ms=4,
-                lw=1,
-                capsize=2,
-                label=lever,
-            )
-        axes.set(yscale="log", xlabel="file, MB", title=kind)
-        axes.grid(visible=True, alpha=0.3)
-    panels[0][0].set_ylabel("latent MSE against the unquantized model")
-    panels[0][0].legend(frameon=False)
+    for column, (model, rows) in enumerate(found.items()):
+        for axes, kind in zip(panels[:, column], KINDS, strict=True):
+            for lever, marker in zip(LEVERS, "osD^v", strict=True):
+                line = [row for key, row in sorted(rows.items()) if key[:2] == (kind, lever)]
+                axes.errorbar(
+                    [row["file_bytes"] / 1e6 for row in line],
+                    [row["latent_mse"] for row in line],
+                    [row["latent_mse_ci95"] for row in line],
+                    marker=marker,
+                    ms=4,
+                    lw=1,
+                    capsize=2,
+                    label=lever,
+                )
+            axes.set(yscale="log", title=f"{model}, {kind}")
+            axes.grid(visible=True, alpha=0.3)
+        panels[-1, column].set_xlabel("file, MB")
+    for row_of_axes in panels:
+        row_of_axes[0].set_ylabel("latent MSE")
+    panels[0, 0].legend(frameon=False, fontsize="small")
     figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def variation(text: str) -> tuple[str, int | float]:
+    """Parse NAME=VALUE, an option of the calibration."""
+    name, _, value = text.partition("=")
+    kinds = {"samples": int, "steps": int, "calls": int, "seed": int, "damping": float}
+    if name not in kinds or not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE with NAME one of {list(kinds)}.")
+    return name, kinds[name](value)
 
 
 def main() -> None:
     """Measure, then draw and print; --only-plot draws and prints what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=demo_folder(), help="pipeline folder")
+    parser.add_argument("--name", choices=MODELS, default="demo", help="of the model")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--samples", type=int, default=32, help="of the calibration")
-    parser.add_argument("--calls", type=int, default=8, help="recorded for impact")
+    parser.add_argument("--steps", type=int, help="of the sampler; else the family's")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--levers", nargs="+", choices=tuple(LEVERS), default=list(LEVERS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        type=variation,
+        default=[],
+        metavar="NAME=VALUE",
+        help="calibrate otherwise: samples, steps, calls, seed or damping",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--only-plot", action="store_true", help="of recorded rows")
     parser.add_argument("--dry", action="store_true", help="print rows and record nothing")
@@ -326,9 +371,9 @@ def main() -> None:
     if not options.only_plot:
         measure(options)
     if options.plot is not None:
-        plot("demo", options.plot)
+        plot(options.plot)
     if not options.dry:
-        print(table("demo"))
+        print("\n".join([*(table(model) for model in MODELS if latest_rows(model)), variations()]))
 
 
 if __name__ == "__main__":

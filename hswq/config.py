@@ -488,7 +488,5 @@ class BenchConfig(CalibrationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embeddings is not None:
-            raise OptionError("bench paints prompts, and takes no --embeddings.")
         if self.html is not None and not self.html.endswith(".html"):
             raise OptionError(f"--html is {self.html!r}; a name that ends in .html is needed.")

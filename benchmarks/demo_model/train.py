@@ -5,7 +5,8 @@
     python -m benchmarks.demo_model.export --folder DIR
 
 The autoencoder learns to reproduce drawn scenes; its latents are then normalized. The denoiser
-(UNet and both text encoders together) learns to predict the noise in latents of captioned scenes.
+(UNet and both text encoders together) learns to predict the noise in latents of captioned scenes;
+in a folder without autoencoder it takes the shipped one's.
 One caption in ten is dropped, half of these for the empty prompt and half for SDXL's zeroed
 embeddings, so that classifier-free guidance works with either. One image in ten is drawn at half
 the resolution, which the time ids tell, so that SDXL's size conditioning means something.
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from benchmarks.demo_model import architecture
+from benchmarks.demo_model.load import demo_pipeline
 from benchmarks.demo_model.shapes import (
     RESOLUTION,
     TOKEN_COUNT,
@@ -53,6 +55,7 @@ class Training:
         self, model: nn.Module, arguments: argparse.Namespace, state: Path, decay: float
     ) -> None:
         self.model, self.steps, self.state, self.step = model, arguments.steps, state, 0
+        self.seed = arguments.seed
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         # Ten narrow layers of text encoder bear less than the UNet.
         rates = {"text_encoder": 0.3, "text_encoder_2": 0.3}
@@ -88,14 +91,14 @@ class Training:
         partial.replace(self.state)
 
     def run(self, loss_of: Any, save_every: int = 250) -> None:
-        """Train to the last step on `loss_of(rng)`; all random numbers depend on the step alone."""
+        """Train to the last step on `loss_of(rng)`; seed and step decide all random numbers."""
         progress = tqdm(
             range(self.step, self.steps), initial=self.step, total=self.steps, mininterval=5
         )
         running = None
         for step in progress:
-            torch.manual_seed(step)
-            loss = loss_of(np.random.default_rng(step))
+            torch.manual_seed(self.seed * 1_000_000 + step)
+            loss = loss_of(np.random.default_rng(self.seed * 1_000_000 + step))
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -193,7 +196,10 @@ def encode_scenes(arguments: argparse.Namespace) -> dict[str, Any]:
     if cache.exists():
         return torch.load(cache, weights_only=False)
     vae = architecture.build_vae().eval()
-    vae.load_state_dict(torch.load(arguments.folder / "vae.pt"))
+    trained = arguments.folder / "vae.pt"
+    if not trained.exists():
+        torch.save(demo_pipeline().vae.state_dict(), trained)
+    vae.load_state_dict(torch.load(trained))
     rng = np.random.default_rng(arguments.seed)
     scenes = training_scenes()
     chosen = [scenes[index] for index in rng.integers(len(scenes), size=arguments.images)]

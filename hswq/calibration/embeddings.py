@@ -98,6 +98,13 @@ class Embeddings:
             chosen[key] = values.unsqueeze(0).to(device, dtype)
         return chosen
 
+    def length(self, index: int) -> int:
+        """Return the number of tokens of a sample's prompt, those masked out not counted."""
+        row = index % len(self)
+        if self.prompt_embeds_mask is None:
+            return int(self.prompt_embeds.shape[1])
+        return int(self.prompt_embeds_mask[row].bool().sum())
+
     def hash(self) -> str:
         """Return the SHA-256 of names, dtypes, shapes and values, as 64 hexadecimal digits."""
         digest = hashlib.sha256()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hswq.calibration import load_prompts, sampling_settings
+from hswq.calibration import Embeddings
 from hswq.config import BenchConfig
-from hswq.driver.calibrate import calibration_dtype, resolve_device
+from hswq.driver.sampling import prepare_sampling
 from hswq.driver.source import Source, open_source
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
@@ -62,22 +62,21 @@ def bench_files(
         FormatError: a file is damaged.
     """
     paths = [Path(path) for path in files]
-    prompts = load_prompts(config.calib_file)[: config.samples]
     seeds = list(range(config.seed, config.seed + config.seeds))
     with open_source(src) as source, quiet_libraries():
         for file in paths:
             _check_family(file, source)
-        pipeline, sampler = _pipeline(source, config)
+        sampling = prepare_sampling(source, config, progress, vae=True)
+        pipeline, denoiser = sampling.pipeline, sampling.denoiser
+        prompts = sampling.prompts or _numbered(sampling.conditioning, config.samples)
         family = FAMILIES[source.detection.family]
-        denoiser = getattr(pipeline, family.component)
-        steps, guidance = sampling_settings(sampler, denoiser.config, config)
         pixels = config.latent * pipeline.vae_scale_factor
         check_images(pixels)
         painting = partial(
             paint,
-            *(pipeline, sampler, prompts, seeds),
-            steps=steps,
-            guidance=guidance,
+            *(pipeline, sampling.sampler, sampling.conditioning, len(prompts), seeds),
+            steps=sampling.steps,
+            guidance=sampling.guidance,
             pixels=pixels,
             batch=config.batch,
             progress=progress,
@@ -88,8 +87,8 @@ def bench_files(
         device, dtype = next(denoiser.parameters()).device, denoiser.dtype
         perceptual = perceptual_distance()
         settings = {
-            "steps": steps,
-            "guidance": guidance,
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
             "pixels": pixels,
             "dtype": str(dtype).removeprefix("torch."),
             "scheduler": type(pipeline.scheduler).__name__,
@@ -130,21 +129,9 @@ def bench_files(
     return bench
 
 
-def _pipeline(source: Source, config: BenchConfig) -> tuple[Any, Any]:
-    from hswq.models.pipeline import build_pipeline
-
-    device = resolve_device(config.device)
-    model_map = source.trace(config.pipeline)
-    pipeline = build_pipeline(
-        *(source.checkpoint, source.detection, model_map),
-        pipeline_dir=None if config.pipeline is None else Path(config.pipeline),
-        dtype=calibration_dtype(config, source, model_map, device),
-        device=device,
-        text_encoders=tuple(map(Path, config.text_encoder)),
-        vae=True,
-        allow_download=config.allow_download,
-    )
-    return pipeline, FAMILIES[source.detection.family].sampler
+def _numbered(embeddings: Embeddings, count: int) -> list[str]:
+    """Return names for prompts of which only the embeddings are known."""
+    return [f"embedding {number}" for number in range(min(count, len(embeddings)))]
 
 
 def _naive(denoiser: nn.Module) -> nn.Module:

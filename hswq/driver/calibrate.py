@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hswq.calibration import (
     Calibration,
     Codes,
-    Embeddings,
     SamplingRun,
-    check_embeddings,
     codes_path,
-    encode_prompts,
-    load_embeddings,
-    load_prompts,
-    prompts_hash,
     run_calibration,
-    sampling_settings,
 )
 from hswq.config import CalibrationConfig
 from hswq.driver.compensate import RoundedParts, check_codes, write_codes
+from hswq.driver.sampling import prepare_sampling
 from hswq.driver.source import Source, open_source
-from hswq.errors import BackendError, HswqError, InputError
-from hswq.models.denoiser import denoiser_config
-from hswq.models.families import FAMILIES
+from hswq.errors import HswqError, InputError
 from hswq.models.fingerprint import fingerprint
-from hswq.models.map import ModelMap
-from hswq.models.sampler import Sampler
+from hswq.models.quiet import quiet_libraries
 from hswq.plan import measure_impact
 from hswq.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 
 _SAVE_EVERY_S = 60.0
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `--device` asks for; auto takes a GPU where there is one.
-
-    Raises:
-        BackendError: cuda was asked for and torch sees no GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "--device cuda was asked for, but this torch sees no GPU: use --device cpu, or install "
-            "a torch build for your GPU."
-        )
-    return torch.device(name)
 
 
 def calibrate_checkpoint(
@@ -103,43 +72,15 @@ def calibrate_source(
 
     `codes` is the file of compensated codes to write, beside `output` where it is not given.
     """
-    # Runs with given statistics do without the pipeline.
-    from hswq.models.pipeline import build_pipeline
-    from hswq.models.quiet import quiet_libraries
-
-    device = resolve_device(config.device)
-    folder = None if config.pipeline is None else Path(config.pipeline)
-    checkpoint, sampler = source.checkpoint, FAMILIES[source.detection.family].sampler
-    # Prompts are read before anything slow, so that a wrong file is told at once.
-    prompts = load_prompts(config.calib_file) if config.embeddings is None else []
-    given = None if config.embeddings is None else load_embeddings(config.embeddings)
-    denoiser, _ = denoiser_config(checkpoint, folder, source.detection)
-    _, guidance = sampling_settings(sampler, denoiser, config)
-    if given is not None:
-        check_embeddings(given, sampler.embeddings(guidance), sampler.widths(denoiser))
-    model_map = source.trace(config.pipeline)
-    build = partial(
-        build_pipeline,
-        checkpoint,
-        source.detection,
-        pipeline_dir=folder,
-        dtype=calibration_dtype(config, source, model_map, device),
-        device=device,
-        text_encoders=tuple(map(Path, config.text_encoder)),
-        allow_download=config.allow_download,
-    )
+    sampling = prepare_sampling(source, config, progress)
+    model_map = sampling.model_map
+    sampled = (sampling.pipeline, sampling.sampler, config, sampling.conditioning)
     with quiet_libraries():
-        # Text encoders and denoiser are never in memory together: each may fill a card.
-        conditioning = given or _encode(build(None), sampler, config, guidance, prompts, progress)
-        _free_cached_memory(device)
-        pipeline = build(model_map, encoders=False)
-        identity = fingerprint(checkpoint, model_map)
-        run = SamplingRun(pipeline, sampler, config, conditioning)
+        identity = fingerprint(source.checkpoint, model_map)
+        run = SamplingRun(*sampled)
         calibration = _unfinished(output, run, identity, config)
         if calibration is None:
-            calibration = run_calibration(
-                pipeline, sampler, config, conditioning, progress=progress
-            )
+            calibration = run_calibration(*sampled, progress=progress)
             calibration.model_map, calibration.fingerprint = model_map, identity
             if output is not None:
                 # What follows may be interrupted, and need not sample again.
@@ -239,44 +180,3 @@ def _saver(calibration: Calibration, output: Path | None) -> Callable[[], None]:
             saved = time.monotonic()
 
     return save
-
-
-def _encode(
-    pipeline: Any,
-    sampler: Sampler,
-    config: CalibrationConfig,
-    guidance: float,
-    prompts: list[str],
-    progress: Progress,
-) -> Embeddings:
-    """Encode the prompts of a run; afterwards nobody holds the text encoders."""
-    used = prompts[: config.samples]
-    with torch.no_grad():
-        return encode_prompts(
-            used,
-            lambda prompt: sampler.encode(pipeline, prompt, guidance),
-            prompts_hash(prompts),
-            lambda done: progress("encode", done, len(used)),
-        )
-
-
-def _free_cached_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def calibration_dtype(
-    config: CalibrationConfig, source: Source, model_map: ModelMap, device: torch.device
-) -> torch.dtype:
-    """Return the dtype the denoiser runs in.
-
-    Auto is float32 on a CPU, where 16-bit products are slow or missing, and on a GPU the dtype of
-    the first layer's weight.
-    """
-    if config.calib_dtype != "auto":
-        return _DTYPES[config.calib_dtype]
-    if device.type == "cpu":
-        return torch.float32
-    first = model_map.sources[f"{model_map.modules[0].name}.weight"][0]
-    return source.checkpoint.tensors[first.key].torch_dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hswq.calibration import Calibration, Codes
 from hswq.config import QuantizeConfig
-from hswq.driver.calibrate import calibrate_source, resolve_device
+from hswq.driver.calibrate import calibrate_source
 from hswq.driver.compensate import check_codes
 from hswq.driver.job import (
     Job,
@@ -25,6 +25,7 @@ from hswq.driver.job import (
 )
 from hswq.driver.paths import check_outputs
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
+from hswq.driver.sampling import resolve_device
 from hswq.driver.source import Source, check_statistics, open_source
 from hswq.driver.stream import Piece, Stream
 from hswq.driver.verify import verify_output

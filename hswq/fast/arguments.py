@@ -17,7 +17,7 @@ EPILOG = (
 )
 # Options of calibration that painting has no use for.
 _NOT_OF_BENCH = (
-    *("embeddings", "activations", "scaled", "container", "preset", "sensitivity", "rounding"),
+    *("activations", "scaled", "container", "preset", "sensitivity", "rounding"),
     *("bias_correction", "damping", "gram_memory", "search", "bins", "candidates", "refinements"),
 )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hswq.calibration import Embeddings
 from hswq.models.sampler import Sampler
 from hswq.progress import Progress, no_progress
 
@@ -30,7 +31,8 @@ class Painted:
 def paint(
     pipeline: Any,
     sampler: Sampler,
-    prompts: Sequence[str],
+    embeddings: Embeddings,
+    count: int,
     seeds: Sequence[int],
     *,
     steps: int,
@@ -43,18 +45,20 @@ def paint(
     """Paint every prompt with every seed, the noise of a pair drawn on the CPU from its seed.
 
     Args:
-        pipeline: with text encoders and VAE.
+        pipeline: with a VAE.
         sampler: how the family's pipeline is called.
-        prompts: texts.
+        embeddings: of the prompts.
+        count: prompts to paint, from the first on.
         seeds: of the noise.
         steps: sampler steps.
         guidance: guidance scale.
         pixels: edge of the images.
-        batch: images painted together.
+        batch: images painted together, fewer where their prompts are of different lengths.
         phase: name of the phase for `progress`.
         progress: called with (phase, images done, images in all).
     """
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    device, dtype = next(denoiser.parameters()).device, denoiser.dtype
     latents, images = [], []
     last: dict[str, Tensor] = {}
 
@@ -63,11 +67,12 @@ def paint(
         return tensors
 
     pipeline.set_progress_bar_config(disable=True)
-    for start in range(0, len(pairs), batch):
-        some = pairs[start : start + batch]
-        given = [sampler.prompted(prompt, guidance) for prompt, _ in some]
+    pairs = [(prompt, seed) for prompt in range(count) for seed in seeds]
+    done = 0
+    for some in _batches(pairs, embeddings, batch):
+        samples = [embeddings.sample(prompt, device, dtype) for prompt, _ in some]
         painted = pipeline(
-            **{name: [one[name] for one in given] for name in given[0]},
+            **_joined([sampler.arguments(sample, guidance) for sample in samples]),
             **sampler.guided(guidance),
             num_inference_steps=steps,
             height=pixels,
@@ -79,8 +84,33 @@ def paint(
         ).images
         latents.append(last["latents"].float().cpu())
         images.append(painted.float().cpu())
-        progress(phase, start + len(some), len(pairs))
+        done += len(some)
+        progress(phase, done, len(pairs))
     return Painted(torch.cat(latents), torch.cat(images))
+
+
+def _batches(
+    pairs: Sequence[tuple[int, int]], embeddings: Embeddings, size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Split pairs of prompt and seed, in order, where a batch is full or lengths differ."""
+    batch: list[tuple[int, int]] = []
+    for pair in pairs:
+        same = not batch or embeddings.length(batch[0][0]) == embeddings.length(pair[0])
+        if not same or len(batch) == size:
+            yield batch
+            batch = []
+        batch.append(pair)
+    yield batch
+
+
+def _joined(given: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of several samples as those of one call: tensors [B, ...] or lists."""
+    return {
+        name: torch.cat([one[name] for one in given])
+        if isinstance(first, Tensor)
+        else [item for one in given for item in one[name]]
+        for name, first in given[0].items()
+    }
 
 
 def mse(ours: Tensor, theirs: Tensor) -> Tensor:

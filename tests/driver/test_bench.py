@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import hswq
+from hswq.calibration import save_embeddings
 from hswq.config import BenchConfig
 from hswq.driver import bench_files
+from hswq.driver.sampling import prepare_sampling
+from hswq.driver.source import open_source
 from hswq.errors import InputError, OptionError
 from hswq.fast.__main__ import main
 from hswq.formats.reader import Checkpoint
@@ -158,5 +161,19 @@ def test_options_that_make_no_sense_are_told():
     """Before anything is loaded."""
     with pytest.raises(OptionError, match=r"ends in \.html"):
         BenchConfig(html="report.pdf")
-    with pytest.raises(OptionError, match="takes no --embeddings"):
-        BenchConfig(embeddings="e.safetensors")
+
+
+def test_embeddings_take_the_place_of_prompts(tiny, files, prompts, bench, tmp_path):
+    """Text encoders are large, and those of the statistics' run may be gone."""
+    settings = {"samples": 2, "seeds": 2, "steps": 2, "latent": 8, "calls": 3}
+    with open_source(tiny.checkpoint) as source:
+        sampling = prepare_sampling(source, config(tiny, prompts), lambda *step: None)
+    path = tmp_path / "embeddings.safetensors"
+    save_embeddings(path, sampling.conditioning)
+    given = BenchConfig(pipeline=str(tiny.pipeline), embeddings=str(path), **settings)
+    found = bench_files(tiny.checkpoint, [files["half"]], given)
+    assert torch.equal(found.exact.images, bench.exact.images)
+    assert found.prompts == ["embedding 0", "embedding 1"]
+    assert torch.equal(
+        found.entries[-1].values["latent_mse"], bench.entries[-1].values["latent_mse"]
+    )

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import hswq
 from hswq.calibration import Embeddings, load_prompts, save_embeddings
+from hswq.config import BenchConfig
+from hswq.driver import bench_files
 from hswq.errors import FormatError, InputError, OptionError
 from hswq.fast.__main__ import main
 from hswq.formats.reader import Checkpoint
@@ -179,6 +181,42 @@ def test_embeddings_replace_text_encoders(family, files, folders, tmp_path):
     assert sums(embedded) == sums(prompted)
     assert "embeddings" in embedded.settings
     assert "prompts" in prompted.settings
+
+
+def write_vae(name: str, folder: Path) -> None:
+    """A tiny VAE of the family's class, with its compression of 8."""
+    torch.manual_seed(0)
+    if name == "qwen-image":
+        vae = diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+    else:
+        blocks = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "latent_channels": 16}
+        kinds = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        }
+        vae = diffusers.AutoencoderKL(**blocks, **kinds, scaling_factor=0.36, shift_factor=0.12)
+    vae.save_pretrained(folder / "vae")
+
+
+def test_every_family_is_painted_in_batches(family, files, folders, tmp_path):
+    """Lists, padded prompts and unpadded ones join differently, and each image has its noise."""
+    folder = shutil.copytree(folders[family], tmp_path / "pipeline")
+    write_vae(family, folder)
+    (tmp_path / "prompts.txt").write_text("a cat\na photo of a dog on the beach\na tree\n")
+    given = {"calib_file": str(tmp_path / "prompts.txt"), "pipeline": str(folder), "steps": 2}
+    output = tmp_path / "kept.safetensors"
+    config = hswq.QuantizeConfig(**given, samples=1, latent=8, keep_ratio=1.0, container="plain")
+    hswq.quantize_checkpoint(files[family], output, config)
+    given |= {"samples": 3, "seeds": 2, "latent": 8}
+    single = bench_files(files[family], [output], BenchConfig(**given, batch=1))
+    batched = bench_files(files[family], [output], BenchConfig(**given, batch=4))
+    assert single.exact.images.shape == (6, 3, PIXELS, PIXELS)
+    assert torch.allclose(single.exact.latents, batched.exact.latents, atol=1e-4)
+    distances = torch.cdist(*(single.exact.latents.flatten(1),) * 2)
+    assert float((distances + torch.eye(6)).min()) > 0.05
+    naive, kept = single.entries
+    assert float(kept.values["latent_mse"].max()) == 0.0
+    assert float(naive.values["latent_mse"].min()) > 0.0
 
 
 def test_defaults_are_the_familys(files, folders):
