@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from hswq.models.map import ModelMap, Unit
 from hswq.plan import Part
 from hswq.progress import Progress
 from hswq.search import AmaxResult, search_amax
-from hswq.search.compensated import Factors, Rounded, round_weight
+from hswq.search.compensated import Factors, Rounded, factors_bytes, one_thread, round_weight
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +111,8 @@ def write_codes(
             if group:
                 with gather_grams(run.denoiser, group, config.backend) as grams:
                     run.all_samples(f"gram {number + 1}/{len(groups)}", progress)
-            for unit in members:
-                job.round(unit, grams.get(unit.modules[0].name), writer)
+            for unit, rounded in job.round_all(members, grams):
+                writer.write(unit.key, *rounded)
                 done += 1
                 progress("round", done, len(units))
         writer.commit()
@@ -121,6 +123,10 @@ def write_codes(
             next(iter(job.unusable.values())),
             ", ".join(list(job.unusable)[:10]),
         )
+
+
+# What a weight becomes: codes, scale, corrected bias, and the figures that are kept of it.
+_Written = tuple[Tensor, float, "Tensor | None", UnitCodes]
 
 
 class _Rounding:
@@ -137,18 +143,51 @@ class _Rounding:
         self._calibration = calibration
         self._config = config
         self._biases = biases
-        self._gram: Gram | None = None
-        self._factors: dict[bool, Factors] = {}
         self.unusable: dict[str, str] = {}
 
-    def round(self, unit: Unit, gram: Gram | None, writer: CodesWriter) -> None:
+    def round_all(
+        self, units: Sequence[Unit], grams: Mapping[str, Gram]
+    ) -> Iterator[tuple[Unit, _Written]]:
+        """Round units, several at a time: those that share a Gram matrix together.
+
+        Factorizing runs on one thread, so that its bytes do not depend on their number; what is
+        left of the threads takes other matrices, as far as these fit into the memory for Gram
+        matrices once more.
+        """
+        shared: dict[tuple[int, bool], tuple[Gram | None, list[Unit]]] = {}
+        for unit in units:
+            gram = grams.get(unit.modules[0].name)
+            own = id(unit) if gram is None else id(gram)
+            key = own, unit.key in self._biases
+            shared.setdefault(key, (gram, []))[1].append(unit)
+        tasks = deque(shared.values())
+        needed = max((factors_bytes(gram) for gram, _ in tasks if gram is not None), default=1)
+        threads = torch.get_num_threads()
+        workers = max(1, min(threads, self._config.gram_bytes // needed))
+        waiting: deque[Future[list[tuple[Unit, _Written]]]] = deque()
+        # torch counts threads per thread.
+        pool = ThreadPoolExecutor(workers, "round", torch.set_num_threads, (1,))
+        with one_thread(), pool:
+            while tasks or waiting:
+                while tasks and len(waiting) < workers:
+                    waiting.append(pool.submit(self._round_shared, *tasks.popleft()))
+                yield from waiting.popleft().result()
+
+    def _round_shared(
+        self, gram: Gram | None, units: Sequence[Unit]
+    ) -> list[tuple[Unit, _Written]]:
+        centred = units[0].key in self._biases
+        factors = None if gram is None else Factors(gram, centred, self._config.damping)
+        return [(unit, self._round(unit, factors)) for unit in units]
+
+    def _round(self, unit: Unit, factors: Factors | None) -> _Written:
         checkpoint, config = self._source.checkpoint, self._config
         weight = checkpoint.read(unit.key)
         scaled = config.scaled and can_scale(config.container, unit.kind)
         result = self._search(unit, weight, scaled)
         amax, scale = (result.amax, result.scale) if scaled else (E4M3_MAX, 1.0)
         bias = None
-        if gram is None:
+        if factors is None:
             codes = kernels.quantize_e4m3(weight, amax, scale, backend=config.backend)
             rounded = Rounded(
                 *(codes, False, 0.0, 0.0, 0.0),
@@ -156,37 +195,19 @@ class _Rounding:
                 problem="it is a grouped convolution, which has no Gram matrix of its own",
             )
         else:
-            factors = self._shared(gram, unit.key in self._biases)
-            device = gram.matrix.device
-            rounded = round_weight(weight.to(device), factors, amax, scale, backend=config.backend)
+            weight = weight.to(factors.device)
+            rounded = round_weight(weight, factors, amax, scale, backend=config.backend)
         if unit.key in self._biases:
             exact = checkpoint.read(self._biases[unit.key])
             bias = (exact.double() + rounded.shift).to(torch.float32)
         if rounded.problem:
             self.unusable[unit.name] = rounded.problem
-        writer.write(
-            unit.key,
-            rounded.codes,
-            scale,
-            bias,
-            UnitCodes(
-                *(result.amax, result.mse, result.max_abs, result.power),
-                *(scaled, rounded.compensated),
-                *(rounded.error, rounded.nearest_error, rounded.power),
-            ),
+        figures = UnitCodes(
+            *(result.amax, result.mse, result.max_abs, result.power),
+            *(scaled, rounded.compensated),
+            *(rounded.error, rounded.nearest_error, rounded.power),
         )
-
-    def _shared(self, gram: Gram, centred: bool) -> Factors:
-        """Return the factors of a Gram matrix, kept for the next layer that shares it.
-
-        Only for that: they take three times the memory of the matrix.
-        """
-        if gram is not self._gram:
-            self._factors.clear()
-            self._gram = gram
-        if centred not in self._factors:
-            self._factors[centred] = Factors(gram, centred, self._config.damping)
-        return self._factors[centred]
+        return rounded.codes, scale, bias, figures
 
     def _search(self, unit: Unit, weight: Tensor, scaled: bool) -> AmaxResult:
         bins, candidates, refinements = self._config.search_settings

@@ -61,14 +61,15 @@ class Factors:
         self._width = gram.matrix.shape[-1]
         # H in float32 on the device of the sums, for measuring; U and the order.
         self.blocks: list[tuple[Tensor, Tensor, Tensor]] = []
-        with _one_thread():
+        self.device = gram.matrix.device
+        with one_thread():
             for number, block in enumerate(gram.matrix):
                 second = block.cpu().double() / rows
                 if centred:
                     mean = self.mean[number * self._width : (number + 1) * self._width]
                     second -= torch.outer(mean, mean)
                 upper, order = self._factor(second, damping)
-                self.blocks.append((second.float().to(block.device), upper, order))
+                self.blocks.append((second.float().to(self.device), upper, order))
 
     def _factor(self, second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         diagonal = second.diagonal()
@@ -166,8 +167,18 @@ def _values(codes: Tensor, scale: float, backend: str | None) -> Tensor:
     return kernels.dequantize_e4m3(codes, scale, backend=backend).flatten(1)
 
 
+def factors_bytes(gram: Gram) -> int:
+    """Return the memory that making `Factors` takes at its peak.
+
+    Of every block H in float32 and U in float64 stay; while one is factorized, H, its damped and
+    reordered copies and the factor are there in float64.
+    """
+    return gram.matrix.numel() * 12 + gram.matrix[0].numel() * 40
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Let torch work on one thread inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
