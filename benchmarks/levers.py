@@ -1,0 +1,208 @@
+"""What the levers of `--preset best` cost on SDXL's full-width UNet.
+
+    python -m benchmarks.levers impact                # 10.3 GB of random float32 weights
+    python -m benchmarks.levers impact --width tiny   # a quick check of the script
+    python -m benchmarks.levers compensate            # every shape once, the rest by their number
+
+`impact` measures every unit on one recorded call and compares the time with one forward a unit.
+`compensate` gathers, factorizes and rounds one layer of each shape, on inputs that are correlated
+as an autoregressive process, and adds up: a call's Gram matrices, all factors, all roundings.
+Layers with shared inputs share matrix and factors. Factors take one thread each, several at a
+time in a calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hswq
+from benchmarks.cases import DTYPES, Pool, noise, sdxl_unet
+from benchmarks.make_checkpoint import WIDTHS, configuration, filled_module
+from benchmarks.monitor import layers_of, unet_inputs
+from benchmarks.record import record
+from benchmarks.timing import add_run_options, start_run, time_once
+from hswq.calibration import Gram, gram_groups, gram_layers
+from hswq.calibration.gram import ROWS_PER_CALL, GramLayer
+from hswq.formats.e4m3 import E4M3_MAX
+from hswq.plan import measure_impact
+from hswq.search.compensated import Factors, round_weight
+
+# Correlation of neighbouring columns: activations of real models are far from independent.
+_CORRELATION = 0.9
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def time_impact(options: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Measure the impact of every layer on one call."""
+    dtype = DTYPES[options.dtype]
+    unet = filled_module("unet", options.width, dtype, options.seed).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(options.seed)
+    inputs = unet_inputs(
+        configuration("unet", options.width),
+        options.batch,
+        options.latent,
+        lambda shape: torch.randn(shape, generator=generator).to(dtype),
+    )
+    with hswq.observe(unet, record=1) as calibration:
+        unet(**inputs)
+    forwards = [time_once(lambda: unet(**inputs)) for _ in range(options.rounds)]
+    loaded = peak_bytes()
+    config = hswq.CalibrationConfig(sensitivity="impact")
+    started = time.perf_counter()
+    measure_impact(unet, calibration, config)
+    seconds = time.perf_counter() - started
+    forwards += [time_once(lambda: unet(**inputs)) for _ in range(options.rounds)]
+    forward = sorted(forwards)[len(forwards) // 2]
+    units = len(layers_of(unet))
+    record(
+        {
+            "op": "impact",
+            "case": f"{options.width}, latent {options.latent}, batch {options.batch}, one call",
+            "units": units,
+            "dtype": options.dtype,
+            **run,
+            "seconds": round(seconds, 2),
+            "forward_seconds": round(forward, 3),
+            "of_one_forward_a_unit": round(seconds / units / forward, 3),
+            "peak_bytes": peak_bytes(),
+            "peak_bytes_before": loaded,
+        }
+    )
+
+
+def autoregressive(rows: int, columns: int, seed: int) -> Tensor:
+    """Return float32 [rows, columns], neighbouring columns correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    for column in range(1, columns):
+        x[:, column].mul_(math.sqrt(1 - _CORRELATION**2)).add_(x[:, column - 1], alpha=_CORRELATION)
+    return x
+
+
+def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return how long some work took, and its result."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def time_compensate(options: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Gather, factorize and round one layer of each shape of SDXL."""
+    unet = sdxl_unet()
+    shapes = {
+        name: tuple(part.weight.shape)
+        for name, part in unet.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+    }
+    watched = gram_layers(unet, shared_inputs(unet))
+    pool = Pool(noise(torch.float32, options.seed))
+    costs: dict[int, tuple[float, float]] = {}
+    rounding: dict[tuple[int, ...], float] = {}
+    totals = {"gram": 0.0, "factors": 0.0, "round": 0.0}
+    for layer in watched:
+        if layer.columns not in costs or any(
+            shapes[name] not in rounding for name in layer.sharing
+        ):
+            measured = _measure(layer, [shapes[name] for name in layer.sharing], pool, options.seed)
+            costs.setdefault(layer.columns, measured[0])
+            rounding |= {shape: s for shape, s in measured[1].items() if shape not in rounding}
+        totals["gram"] += costs[layer.columns][0]
+        totals["factors"] += costs[layer.columns][1]
+        totals["round"] += sum(rounding[shapes[name]] for name in layer.sharing)
+    gram_bytes = sum(layer.nbytes for layer in watched)
+    record(
+        {
+            "op": "compensate",
+            "case": "sdxl, one layer of each shape, the rest by their number",
+            "layers": len(shapes),
+            "gram_matrices": len(watched),
+            "gram_bytes": gram_bytes,
+            "groups_of_8GB": len(gram_groups(watched, 8_000_000_000)),
+            "rows_per_call": ROWS_PER_CALL,
+            **run,
+            "gram_seconds_per_call": round(totals["gram"], 1),
+            "factor_thread_seconds": round(totals["factors"], 1),
+            "round_thread_seconds": round(totals["round"], 1),
+            "largest": {
+                str(columns): [round(gram, 3), round(factors, 3)]
+                for columns, (gram, factors) in sorted(costs.items())[-3:]
+            },
+            "peak_bytes": peak_bytes(),
+        }
+    )
+
+
+def shared_inputs(unet: nn.Module) -> dict[str, str]:
+    """Return for each layer the first one that gets its inputs."""
+    first: dict[int, tuple[Tensor, str]] = {}
+    found = {}
+    hooks = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def watch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # The tensor is kept, so that its identity stays its own.
+            found[name] = first.setdefault(id(inputs[0]), (inputs[0], name))[1]
+
+        return watch
+
+    for name, part in unet.named_modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            hooks.append(part.register_forward_pre_hook(hook(name)))
+    config = configuration("unet", "sdxl")
+    unet(**unet_inputs(config, 2, 32, lambda shape: torch.empty(shape, device="meta")))
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+def _measure(
+    layer: GramLayer, shapes: list[tuple[int, ...]], pool: Pool, seed: int
+) -> tuple[tuple[float, float], dict[tuple[int, ...], float]]:
+    width = layer.columns // layer.blocks
+    rows = autoregressive(ROWS_PER_CALL, layer.columns, seed)
+    matrix = torch.zeros(layer.blocks, width, width)
+    gathering, count = seconds_of(lambda: hswq.kernels.gram(rows, matrix))
+    gram = Gram(matrix, rows.double().sum(0), int(count))
+    factorizing, factors = seconds_of(lambda: Factors(gram, centred=True, damping=0.01))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {}
+    for shape in dict.fromkeys(shapes):
+        weight = pool.take(shape).half()
+        found[shape], _ = seconds_of(lambda w=weight: round_weight(w, factors, E4M3_MAX, 1.0))
+    torch.set_num_threads(before)
+    return (gathering, factorizing), found
+
+
+def main() -> None:
+    """Run one of the two measurements."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("impact", help=time_impact.__doc__)
+    command.set_defaults(measure=time_impact)
+    command.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    command.add_argument("--latent", type=int, default=16)
+    command.add_argument("--batch", type=int, default=2)
+    command.add_argument("--width", choices=WIDTHS, default="sdxl")
+    add_run_options(command, rounds=3)
+    command = commands.add_parser("compensate", help=time_compensate.__doc__)
+    command.set_defaults(measure=time_compensate)
+    add_run_options(command, rounds=1)
+    options = parser.parse_args()
+    options.measure(options, start_run(options.threads))
+
+
+if __name__ == "__main__":
+    main()
