@@ -48,6 +48,8 @@ LEVERS = {
     "compensated, bias": ("variance", "compensated", True),
     "best": ("impact", "compensated", True),
 }
+# What a lever comes to where no layer is kept.
+TWINS = {"impact": "seed", "best": "compensated, bias"}
 KINDS = {"V1": {"container": "comfy"}, "V2": {"scaled": True, "container": "hswq"}}
 # Noise of the calibration starts from seed 0.
 FIRST_SEED = 100_000
@@ -153,11 +155,14 @@ def check_seed(subject: Subject, stats: Path, output: Path, kept: set[str], shar
 
 
 def variants(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
-    """Yield kind, lever and budget of every file; impact needs a budget to spend."""
+    """Yield kind, lever and budget of every file.
+
+    Without a budget there is nothing to rank, and one lever of several is enough.
+    """
     for kind in options.kinds:
         for lever in options.levers:
             for share in options.budgets:
-                if share or lever not in ("impact", "best"):
+                if share or TWINS.get(lever) not in options.levers:
                     yield kind, lever, share
 
 
@@ -265,9 +270,11 @@ def table(model: str) -> str:
             "|---|" + "---|" * (len(levers) + 1),
         ]
         for share in BUDGETS:
-            # Without a budget there is nothing to rank.
-            twins = {} if share else {"impact": "seed", "best": "compensated, bias"}
-            found = {it: rows.get((kind, twins.get(it, it), share)) for it in levers}
+            found = {
+                it: rows.get((kind, it, share))
+                or (None if share else rows.get((kind, TWINS.get(it, it), share)))
+                for it in levers
+            }
             seed, best = found.get("seed"), found.get("best")
             ratio = f"{seed['latent_mse'] / best['latent_mse']:.3g}" if seed and best else "-"
             cells = " | ".join(error(row) for row in found.values())

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from hswq.errors import OptionError
 
@@ -21,24 +22,29 @@ SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
 DEFAULT_KEEP_RATIO = 0.10
 # Options that say how much stays 16-bit.
 BUDGETS = ("keep_ratio", "keep_bytes", "target_size", "max_error")
-# What `--preset` stands for; options that are given go before.
+# What `--preset` stands for; options that are given go before. Without one, calibration measures
+# all that `best` needs, and files use all that was measured.
 PRESETS: dict[str, dict[str, Any]] = {
     "seed": {
         "sensitivity": "variance",
         "rounding": "nearest",
         "bias_correction": False,
+        "damping": 0.01,
         "keep_ratio": DEFAULT_KEEP_RATIO,
     },
     "best": {
         "sensitivity": "impact",
         "rounding": "compensated",
         "bias_correction": True,
+        "damping": 0.01,
         "keep_bytes": 0.05,
     },
 }
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Group of the options that only the sampler reads: given statistics exclude them.
 SAMPLING = "sampling"
+
+_Config = TypeVar("_Config", bound="CalibrationConfig")
 
 
 def option(
@@ -193,11 +199,11 @@ class CalibrationConfig:
         choices=CONTAINERS,
         group="quantization",
     )
-    preset: str = option(
-        "seed",
-        "seed: variance, nearest, keep-ratio 0.10, as the seed project; best: impact, compensated, "
-        "bias-correction, keep-bytes 0.05, at the price of a longer calibration. Other options go "
-        "before",
+    preset: str | None = option(
+        None,
+        "best: impact, compensated, bias-correction, keep-bytes 0.05; seed: variance, nearest, "
+        "keep-ratio 0.10, as the seed project. Other options go before. Default: best, or with "
+        "--stats what was measured for these",
         choices=tuple(PRESETS),
         group="measurement",
     )
@@ -228,11 +234,11 @@ class CalibrationConfig:
         group="measurement",
     )
     damping: float = option(
-        0.01,
-        "compensated: share of the mean diagonal that is added to the Gram matrix",
+        None,
+        "compensated: share of the mean diagonal that is added to the Gram matrix (0.01)",
         minimum=1e-6,
         maximum=1e3,
-        group=SAMPLING,
+        group="measurement",
     )
     gram_memory: str = option(
         "8GB",
@@ -282,7 +288,7 @@ class CalibrationConfig:
                 f"--text-encoder is the text {self.text_encoder!r}; a tuple of texts is needed."
             )
         parse_size("--gram-memory", self.gram_memory)
-        if self.bias_correction and self.rounding != "compensated":
+        if self.bias_correction and self.rounding == "nearest":
             raise OptionError(
                 "--bias-correction needs the mean inputs that compensated rounding gathers: add "
                 "--rounding compensated."
@@ -303,14 +309,33 @@ class CalibrationConfig:
             )
 
     def _fill_in_preset(self) -> None:
-        """Set the options that are not given as the preset says, but for the budget.
+        """Set the options that are not given as the preset says.
 
         The budget stays open, so that dataclasses.replace can give another.
         """
-        for name, value in PRESETS.get(self.preset, {}).items():
-            if name not in BUDGETS and getattr(self, name) is None:
-                impossible = name == "bias_correction" and self.rounding == "nearest"
-                object.__setattr__(self, name, False if impossible else value)
+        for name, value in self._missing(PRESETS.get(self.preset or "", {})).items():
+            object.__setattr__(self, name, value)
+
+    def settled(self: _Config, measured: Mapping[str, Any] | None = None) -> _Config:
+        """Return the options with those set that neither the caller nor a preset has set.
+
+        Args:
+            measured: what statistics were measured for, `Calibration.measured`; None: what
+                `--preset best` stands for, where they are yet to be measured.
+        Raises:
+            OptionError: what is set contradicts an option that is given.
+        """
+        return replace(self, **self._missing(PRESETS["best"] if measured is None else measured))
+
+    def _missing(self, levers: Mapping[str, Any]) -> dict[str, Any]:
+        missing = {
+            name: value
+            for name, value in levers.items()
+            if name not in BUDGETS and getattr(self, name) is None
+        }
+        if "nearest" in (self.rounding, missing.get("rounding")) and "bias_correction" in missing:
+            missing["bias_correction"] = False
+        return missing
 
     @property
     def search_settings(self) -> tuple[int, int, int]:
@@ -410,7 +435,7 @@ class QuantizeConfig(CalibrationConfig):
             raise OptionError(f"{' and '.join(flags)} exclude each other: give one budget.")
         if self.target_size is not None:
             parse_size("--target-size", self.target_size)
-        if self.max_error is not None and self.sensitivity != "impact":
+        if self.max_error is not None and self.sensitivity == "variance":
             raise OptionError("--max-error is a limit of impact: add --sensitivity impact.")
         for flag, patterns in (("--keep", self.keep), ("--quantize", self.quantize)):
             if isinstance(patterns, str):
@@ -446,7 +471,7 @@ class QuantizeConfig(CalibrationConfig):
         """Name and value of the budget; target_size is in bytes."""
         given = {name: getattr(self, name) for name in BUDGETS}
         if all(value is None for value in given.values()):
-            given = PRESETS[self.preset]
+            given = PRESETS[self.preset or ("best" if self.sensitivity == "impact" else "seed")]
         name, value = next((name, given[name]) for name in BUDGETS if given.get(name) is not None)
         in_bytes = name == "target_size"
         return name, float(parse_size("--target-size", value) if in_bytes else value)

@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.slow
 def test_sdxl_in_diffusers_paints(tmp_path: Path) -> None:
     """An example that does not run is the first thing that a new user meets."""
-    run_demo(tmp_path)
+    run_demo(tmp_path, "seed")
     output = tmp_path / "image.png"
     arguments = [tmp_path / "demo.v2.safetensors", "a red circle", output, demo_folder()]
     subprocess.run(

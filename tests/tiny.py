@@ -32,7 +32,8 @@ class Tiny:
 def tiny_calibration_config(pipeline: Path, **options: object) -> hswq.CalibrationConfig:
     """The least sampling that reaches every layer."""
     return hswq.CalibrationConfig(
-        **{"samples": 1, "steps": 2, "latent": 8, "pipeline": str(pipeline), **options}
+        **{"preset": "seed", "samples": 1, "steps": 2, "latent": 8, "pipeline": str(pipeline)}
+        | options
     )
 
 

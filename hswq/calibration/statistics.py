@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,10 @@ import torch
 
 from hswq import __version__
 from hswq.calibration.calls import Call
-from hswq.calibration.codes import codes_path
+from hswq.calibration.codes import Codes, codes_path
 from hswq.calibration.gram import Gram
 from hswq.calibration.impact import Impact
+from hswq.config import PRESETS
 from hswq.errors import FormatError, InputError
 from hswq.formats.dtypes import DTYPE_NAMES
 from hswq.formats.reader import Checkpoint
@@ -31,6 +33,8 @@ from hswq.kernels.fixed_point import (
 )
 from hswq.models.map import ModelMap
 from hswq.progress import Progress, no_progress
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -144,6 +148,34 @@ class Calibration:
     shared_inputs: dict[str, str] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
     codes: Path | None = None
+
+    def measured(self, codes: bool = True) -> dict[str, Any]:
+        """Return what was measured: the levers of a plan that makes use of all of it.
+
+        Args:
+            codes: whether compensated codes are of interest; without, their file is not opened.
+        Raises:
+            FormatError: the file of codes is damaged.
+        """
+        found = dict(PRESETS["seed"])
+        if self.impact is not None and self.impact.values:
+            found["sensitivity"] = "impact"
+        if codes and self.codes is not None and self.codes.is_file():
+            with Codes(self.codes) as file:
+                given = {name: file.options.get(name) for name in ("bias_correction", "damping")}
+                if (file.fingerprint, file.settings) == (self.fingerprint, self.run_settings()):
+                    found |= {"rounding": "compensated", **given}
+                else:
+                    logger.warning("%s belongs to another calibration and is not used", self.codes)
+        elif codes and self.grams:
+            found |= {"rounding": "compensated", "bias_correction": True}
+        return found
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return what tells one calibration of a checkpoint from another, as JSON has it."""
+        content = {**self.settings, "samples": self.samples}
+        found: dict[str, Any] = json.loads(json.dumps(content))
+        return found
 
     def calls(self, name: str) -> int:
         """Return how many calls of the layer were counted."""

@@ -72,6 +72,7 @@ def calibrate_source(
 
     `codes` is the file of compensated codes to write, beside `output` where it is not given.
     """
+    config = config.settled()
     sampling = prepare_sampling(source, config, progress)
     model_map = sampling.model_map
     sampled = (sampling.pipeline, sampling.sampler, config, sampling.conditioning)

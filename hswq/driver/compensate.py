@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +93,7 @@ def write_codes(
         {key: unit.shape for key, unit in units.items()},
         biases,
         calibration.fingerprint or "",
-        _run_settings(calibration),
+        calibration.run_settings(),
         codes_options(config),
     )
     job = _Rounding(source, calibration, config, biases)
@@ -271,7 +270,7 @@ def check_codes(codes: Codes, calibration: Calibration, config: CalibrationConfi
     Raises:
         InputError: they do not belong to these statistics, or were made with other options.
     """
-    expected = calibration.fingerprint, _run_settings(calibration)
+    expected = calibration.fingerprint, calibration.run_settings()
     if (codes.fingerprint, codes.settings) != expected:
         raise InputError(
             f"{codes.path} does not belong to these statistics: it was made from another "
@@ -283,12 +282,6 @@ def check_codes(codes: Codes, calibration: Calibration, config: CalibrationConfi
         raise InputError(
             f"{codes.path} was made with other options ({', '.join(differing)}): it holds "
             f"{codes.options}, and {wanted} is asked for. Calibrate again with the options of the "
-            "file that is to be written, or write it with those of the codes."
+            "file that is to be written, write it with those of the codes, or round to the nearest "
+            "codes with --rounding nearest."
         )
-
-
-def _run_settings(calibration: Calibration) -> dict[str, Any]:
-    """Return what tells one calibration of a checkpoint from another, as JSON has it."""
-    content = {**calibration.settings, "samples": calibration.samples}
-    found: dict[str, Any] = json.loads(json.dumps(content))
-    return found

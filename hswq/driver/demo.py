@@ -8,9 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hswq.calibration import Calibration
 from hswq.config import QuantizeConfig
-from hswq.driver.calibrate import calibrate_checkpoint
 from hswq.driver.quantize import quantize_checkpoint
 from hswq.driver.report import Report
 from hswq.errors import InputError
@@ -43,11 +41,13 @@ def demo_folder() -> Path:
     return Path(str(resources.files("hswq.models"))) / "assets" / "demo"
 
 
-def run_demo(folder: str | os.PathLike[str], *, progress: Progress = no_progress) -> DemoResult:
+def run_demo(
+    folder: str | os.PathLike[str], preset: str = "best", *, progress: Progress = no_progress
+) -> DemoResult:
     """Calibrate the demo checkpoint and write its V1 and V2 files into `folder`.
 
-    Writes demo.stats.safetensors, demo.v1.safetensors (container comfy) and demo.v2.safetensors
-    (container hswq).
+    Writes demo.v1.safetensors (container comfy), demo.v2.safetensors (container hswq), and beside
+    each its statistics and codes. `preset` is that of QuantizeConfig.
 
     Raises:
         The errors of `quantize_checkpoint`.
@@ -57,20 +57,21 @@ def run_demo(folder: str | os.PathLike[str], *, progress: Progress = no_progress
         raise InputError(f"{str(target)!r} is a file: give a folder for the demo's files.")
     target.mkdir(parents=True, exist_ok=True)
     source = assets / "demo.safetensors"
-    base = QuantizeConfig(
-        samples=DEMO_SAMPLES,
-        steps=DEMO_STEPS,
-        latent=16,
-        calib_file=str(assets / "prompts.txt"),
-        pipeline=str(assets),
-    )
-    calibration: Calibration = calibrate_checkpoint(source, base, progress=progress)
-    calibration.save(target / "demo.stats.safetensors")
     files = []
     for name, scaled, container in (("v1", False, "comfy"), ("v2", True, "hswq")):
-        config = QuantizeConfig(scaled=scaled, container=container, pipeline=str(assets))
+        config = QuantizeConfig(
+            preset=preset,
+            samples=DEMO_SAMPLES,
+            steps=DEMO_STEPS,
+            latent=16,
+            calib_file=str(assets / "prompts.txt"),
+            pipeline=str(assets),
+            scaled=scaled,
+            container=container,
+            save_stats=str(target / f"demo.{name}.stats.safetensors"),
+        )
         output = target / f"demo.{name}.safetensors"
-        report = quantize_checkpoint(source, output, config, calibration, progress=progress)
+        report = quantize_checkpoint(source, output, config, progress=progress)
         with Checkpoint.open(source) as exact, Checkpoint.open(output) as written:
             files.append((report, tuple(weight_errors(exact, written))))
     return DemoResult(tuple(files))

@@ -149,7 +149,10 @@ def _prepare(
         where = f"statistics {config.stats}"
         with watch.phase("statistics"):
             calibration = Calibration.load(config.stats)
-    if calibration is None:
+    if calibration is not None:
+        config = config.settled(calibration.measured(codes=config.rounding != "nearest"))
+    else:
+        config = config.settled()
         # A wrong pattern or dtype, or a full disk, is told before the sampler runs for an hour.
         least_bytes = smallest_output_bytes(source, config, source.trace(config.pipeline))
         if target is not None:

@@ -209,7 +209,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from hswq.driver.demo import run_demo
     from hswq.fast.render import render_demo
 
-    result = _with_bars(arguments, lambda progress: run_demo(arguments.output, progress=progress))
+    result = _with_bars(
+        arguments,
+        lambda progress: run_demo(arguments.output, arguments.preset, progress=progress),
+    )
     _show(arguments, result.to_dict(), render_demo(result))
 
 

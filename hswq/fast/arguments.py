@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 import hswq
-from hswq.config import CONTAINERS, FLOATS, BenchConfig, CalibrationConfig, QuantizeConfig
+from hswq.config import CONTAINERS, FLOATS, PRESETS, BenchConfig, CalibrationConfig, QuantizeConfig
 
 EPILOG = (
     "exit codes: 0 done, 1 input or output refused, 2 usage, 3 backend, 4 internal error, "
@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", "quantize the demo checkpoint that hswq ships")
     demo.add_argument("--output", default="demo", metavar="DIR", help="folder for the files")
+    demo.add_argument("--preset", default="best", choices=tuple(PRESETS), help="that of quantize")
 
     _command(commands, "backends", "list the kernel backends, usable or why not")
     return parser

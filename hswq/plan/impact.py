@@ -100,6 +100,7 @@ def measure_impact(
             "the calibration holds no recorded calls, which measuring impact needs: observe the "
             "module with record=4, or calibrate with --sensitivity impact."
         )
+    config = config.settled(calibration.measured(codes=config.rounding != "nearest"))
     device = next(module.parameters()).device
     layers = dict(module.named_modules())
     units = units_of(module, calibration)

@@ -79,6 +79,7 @@ def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfi
         PlanError: an option does not fit the layers.
         InputError: a weight cannot be quantized, or the statistics are of another module.
     """
+    config = config.settled(calibration.measured(codes=config.rounding != "nearest"))
     modules = {
         name: part
         for name, part in module.named_modules()

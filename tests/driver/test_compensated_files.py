@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import hswq
 from hswq.calibration import Calibration, Codes
+from hswq.driver import plan_checkpoint
 from hswq.driver.compensate import bias_key
 from hswq.errors import FormatError, InputError, OptionError
 from hswq.fast.__main__ import main
@@ -103,6 +105,29 @@ def test_file_has_the_codes_and_biases(tiny, statistics, tmp_path):
     assert changed > 50
 
 
+def test_statistics_decide_where_nothing_is_asked_for(tiny, statistics, tmp_path, caplog):
+    """Who calibrated with codes and forgets to say so again would get the nearest ones."""
+    asked = tiny.config(stats=str(statistics), **COMPENSATED)
+    hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "asked.safetensors", asked)
+    silent = tiny.config(stats=str(statistics))
+    hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "silent.safetensors", silent)
+    both = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("asked", "silent")]
+    assert both[0] == both[1]
+    with pytest.raises(InputError, match="or round to the nearest codes with --rounding nearest"):
+        plan_checkpoint(tiny.checkpoint, replace(silent, scaled=True))
+    nearest = replace(silent, scaled=True, rounding="nearest")
+    assert plan_checkpoint(tiny.checkpoint, nearest).options["rounding"] == "nearest"
+    # Codes of an earlier run that lie beside new statistics.
+    path = tmp_path / "new.safetensors"
+    config = tiny_calibration_config(tiny.pipeline, steps=1)
+    hswq.calibrate_checkpoint(tiny.checkpoint, config, path)
+    codes = statistics.with_suffix(".codes.safetensors").read_bytes()
+    path.with_suffix(".codes.safetensors").write_bytes(codes)
+    plan = plan_checkpoint(tiny.checkpoint, replace(silent, stats=str(path)))
+    assert plan.options["rounding"] == "nearest"
+    assert "belongs to another calibration and is not used" in caplog.text
+
+
 def test_errors_of_the_layers_fall(statistics):
     """The figures beside the codes are what plans and users are told."""
     with Codes(statistics.with_suffix(".codes.safetensors")) as codes:
@@ -118,7 +143,7 @@ def test_file_without_statistics_is_the_same(tiny, statistics, tmp_path):
         tiny.checkpoint, first, tiny.config(stats=str(statistics), **COMPENSATED)
     )
     config = hswq.QuantizeConfig(
-        samples=1, steps=2, latent=8, pipeline=str(tiny.pipeline), **COMPENSATED
+        preset="seed", samples=1, steps=2, latent=8, pipeline=str(tiny.pipeline), **COMPENSATED
     )
     hswq.quantize_checkpoint(tiny.checkpoint, second, config)
     assert second.read_bytes() == first.read_bytes()
@@ -130,13 +155,13 @@ def test_scaled_codes_go_with_their_scales(tiny, tmp_path):
     stats, output = tmp_path / "s.safetensors", tmp_path / "out.safetensors"
     arguments = ["--input", str(tiny.checkpoint), "--pipeline", str(tiny.pipeline), "--quiet"]
     v2 = ["--rounding", "compensated", "--scaled", "--container", "hswq"]
-    sampling = ["--samples", "1", "--steps", "2", "--latent", "8"]
+    sampling = ["--samples", "1", "--steps", "2", "--latent", "8", "--sensitivity", "variance"]
     assert main(["calibrate", "--output", str(stats), *arguments, *v2, *sampling]) == 0
     given = ["--stats", str(stats), "--output", str(output)]
     assert main(["quantize", *arguments, *v2, *given]) == 0
     nearest = tmp_path / "nearest.safetensors"
     given[-1] = str(nearest)
-    assert main(["quantize", *arguments, "--scaled", "--container", "hswq", *given]) == 0
+    assert main(["quantize", *arguments, *v2, *given, "--rounding", "nearest"]) == 0
     with (
         Checkpoint.open(tiny.checkpoint) as source,
         Checkpoint.open(output) as ours,
@@ -196,7 +221,7 @@ def test_codes_need_a_place_and_corrections_need_codes(tiny):
             tiny.checkpoint, tiny_calibration_config(tiny.pipeline, rounding="compensated")
         )
     with pytest.raises(OptionError, match="add --rounding compensated"):
-        hswq.CalibrationConfig(bias_correction=True)
+        hswq.CalibrationConfig(bias_correction=True, rounding="nearest")
 
 
 def test_bias_of_a_unit_is_found_by_its_rows(tiny):
@@ -222,9 +247,9 @@ def test_module_in_memory_is_rounded_as_the_file_is(tiny, statistics):
         exact = [module(sample) for sample in x]
     errors = {}
     for name, options in (
-        ("nearest", {}),
-        ("compensated", {"rounding": "compensated"}),
-        ("corrected", COMPENSATED),
+        ("nearest", {"rounding": "nearest"}),
+        ("compensated", {"rounding": "compensated", "bias_correction": False}),
+        ("corrected", {}),
     ):
         config = hswq.QuantizeConfig(keep_ratio=0.0, container="hswq", **options)
         plan = hswq.make_plan(module, calibration, config)

@@ -20,7 +20,8 @@ def measured(tiny: Tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("impact") / "s.safetensors"
     arguments = ["calibrate", "--input", str(tiny.checkpoint), "--output", str(path)]
     arguments += ["--pipeline", str(tiny.pipeline), "--samples", "2", "--steps", "2"]
-    arguments += ["--latent", "8", "--sensitivity", "impact", "--calls", "2", "--quiet"]
+    arguments += ["--latent", "8", "--preset", "seed", "--sensitivity", "impact"]
+    arguments += ["--calls", "2", "--quiet"]
     assert main(arguments) == 0
     return path
 

@@ -156,7 +156,7 @@ def test_calibration_without_given_statistics_writes_the_same_file(
     saved = tmp_path / "saved.safetensors"
     hswq.quantize_checkpoint(tiny.checkpoint, given, tiny.config())
     options = {"samples": 1, "steps": 2, "latent": 8, "pipeline": str(tiny.pipeline)}
-    config = hswq.QuantizeConfig(save_stats=str(saved), **options)
+    config = hswq.QuantizeConfig(preset="seed", save_stats=str(saved), **options)
     hswq.quantize_checkpoint(tiny.checkpoint, own, config)
     assert own.read_bytes() == given.read_bytes()
     assert saved.read_bytes() == tiny.stats.read_bytes()

@@ -153,7 +153,7 @@ def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from hswq.driver.demo import run_demo
 
     folder = tmp_path_factory.mktemp("demo")
-    run_demo(folder)
+    run_demo(folder, "seed")
     return folder / "demo.v2.safetensors"
 
 

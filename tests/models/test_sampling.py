@@ -75,7 +75,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 def options(folder: Path | None = None, **given: Any) -> hswq.CalibrationConfig:
-    settings = {"samples": 2, "steps": 2, "latent": PIXELS // 8, **given}
+    settings = {"preset": "seed", "samples": 2, "steps": 2, "latent": PIXELS // 8, **given}
     return hswq.CalibrationConfig(**settings, pipeline=None if folder is None else str(folder))
 
 
@@ -205,7 +205,9 @@ def test_every_family_is_painted_in_batches(family, files, folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na photo of a dog on the beach\na tree\n")
     given = {"calib_file": str(tmp_path / "prompts.txt"), "pipeline": str(folder), "steps": 2}
     output = tmp_path / "kept.safetensors"
-    config = hswq.QuantizeConfig(**given, samples=1, latent=8, keep_ratio=1.0, container="plain")
+    config = hswq.QuantizeConfig(
+        **given, preset="seed", samples=1, latent=8, keep_ratio=1.0, container="plain"
+    )
     hswq.quantize_checkpoint(files[family], output, config)
     given |= {"samples": 3, "seeds": 2, "latent": 8}
     single = bench_files(files[family], [output], BenchConfig(**given, batch=1))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from hswq.config import QuantizeConfig
+from hswq.config import PRESETS, QuantizeConfig
 from hswq.errors import OptionError, PlanError
 from hswq.plan import Candidate, LayerPlan, Plan, select_layers
 
@@ -248,7 +248,9 @@ def test_budgets_exclude_each_other(options: dict[str, object]) -> None:
 def test_max_error_needs_impact() -> None:
     """Variances do not add up to an error."""
     with pytest.raises(OptionError, match="add --sensitivity impact"):
-        QuantizeConfig(max_error=0.1)
+        QuantizeConfig(max_error=0.1, sensitivity="variance")
+    with pytest.raises(OptionError, match="add --sensitivity impact"):
+        QuantizeConfig(max_error=0.1).settled({"sensitivity": "variance"})
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_presets_give_way_to_options() -> None:
     """A preset that cannot be changed in one point is of no use; one that is half set is a trap."""
-    seed, best = QuantizeConfig(), QuantizeConfig(preset="best")
+    seed, best = QuantizeConfig(preset="seed"), QuantizeConfig(preset="best")
     assert (seed.sensitivity, seed.rounding) == ("variance", "nearest")
     assert seed.bias_correction is False
     assert seed.budget == ("keep_ratio", 0.10)
@@ -283,5 +285,23 @@ def test_presets_give_way_to_options() -> None:
     assert QuantizeConfig(preset="best", keep_ratio=0.0).budget == ("keep_ratio", 0.0)
     assert QuantizeConfig(preset="best", bias_correction=False).rounding == "compensated"
     assert dataclasses.replace(best, target_size="1GB").budget == ("target_size", 1e9)
+    assert seed.settled(PRESETS["best"]) == seed
     with pytest.raises(OptionError, match="--preset is 'worst'; it must be one of seed, best"):
         QuantizeConfig(preset="worst")
+
+
+def test_without_a_preset_what_was_measured_decides() -> None:
+    """Repeating calibration's options for every file invites mistakes; so does guessing them."""
+    config = QuantizeConfig()
+    levers = ("sensitivity", "rounding", "bias_correction", "damping")
+    for measured, budget in (("seed", ("keep_ratio", 0.10)), ("best", ("keep_bytes", 0.05))):
+        settled = config.settled(PRESETS[measured])
+        assert {name: getattr(settled, name) for name in levers} == {
+            name: PRESETS[measured][name] for name in levers
+        }
+        assert settled.budget == budget
+        assert settled == settled.settled(PRESETS["seed"])
+    assert config.settled() == config.settled(PRESETS["best"])
+    ours = QuantizeConfig(rounding="nearest", damping=0.5).settled()
+    assert (ours.rounding, ours.bias_correction, ours.damping) == ("nearest", False, 0.5)
+    assert ours.sensitivity == "impact"
