@@ -39,7 +39,7 @@ from hswq.loader import dequantize_module
 from hswq.models.families import FAMILIES
 from hswq.quality.images import Painted, mean_interval, mse, paint, psnr_db, ssim
 
-BUDGETS = (0.0, 0.05, 0.10, 0.25)
+BUDGETS = (0.0, 0.001, 0.05, 0.10, 0.25)
 # Levers: sensitivity, rounding, bias correction; the first is the seed's, the last `best`.
 LEVERS = {
     "seed": ("variance", "nearest", False),
@@ -278,7 +278,7 @@ def table(model: str) -> str:
             seed, best = found.get("seed"), found.get("best")
             ratio = f"{seed['latent_mse'] / best['latent_mse']:.3g}" if seed and best else "-"
             cells = " | ".join(error(row) for row in found.values())
-            lines.append(f"| {share:.0%} | {cells} | {ratio} |")
+            lines.append(f"| {share:.3g%} | {cells} | {ratio} |")
         lines.append("")
     return "\n".join(lines)
 

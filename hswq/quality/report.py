@@ -32,10 +32,10 @@ th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: right;
          font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left }
 td.best { font-weight: 600 }
-figure { display: inline-block; margin: .3rem .5rem .3rem 0; vertical-align: top }
-figure img { display: block; width: 12rem; image-rendering: auto }
-figcaption { font-size: .8rem; max-width: 12rem; overflow-wrap: anywhere; color: #444 }
-.scroll { overflow-x: auto; white-space: nowrap } .scroll figcaption { white-space: normal }
+.images { display: flex; gap: .5rem; overflow-x: auto }
+figure { flex: 1 1 0; min-width: 7rem; max-width: 16rem; margin: .3rem 0 }
+figure img { display: block; width: 100% }
+figcaption { font-size: .8rem; overflow-wrap: anywhere; color: #444 }
 small, .note { color: #555 } svg { max-width: 100%; height: auto }
 """
 
@@ -146,7 +146,7 @@ def _images(bench: Bench) -> Iterator[str]:
             difference = (ours - exact) * _GAIN / 2 + 0.5
             shown.append(_image(difference, f"{entry.name}, difference"))
         yield f"<h3>{escape(prompt)} <small>(noise {bench.seeds[0]})</small></h3>"
-        yield '<div class="scroll">' + "".join(shown) + "</div>"
+        yield '<div class="images">' + "".join(shown) + "</div>"
 
 
 def _image(pixels: Tensor, caption: str) -> str:
