@@ -278,7 +278,7 @@ def table(model: str) -> str:
             seed, best = found.get("seed"), found.get("best")
             ratio = f"{seed['latent_mse'] / best['latent_mse']:.3g}" if seed and best else "-"
             cells = " | ".join(error(row) for row in found.values())
-            lines.append(f"| {share:.3g%} | {cells} | {ratio} |")
+            lines.append(f"| {100 * share:g}% | {cells} | {ratio} |")
         lines.append("")
     return "\n".join(lines)
 
