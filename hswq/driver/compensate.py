@@ -52,6 +52,17 @@ def codes_options(config: CalibrationConfig) -> dict[str, Any]:
     }
 
 
+def gram_memory(allowed: int, device: torch.device) -> int:
+    """Return the memory for Gram matrices: what is allowed, on a GPU at most half of what is free.
+
+    The other half is the sampler's. How layers are grouped changes no code.
+    """
+    if device.type != "cuda":
+        return allowed
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(allowed, free // 2)
+
+
 def write_codes(
     source: Source,
     model_map: ModelMap,
@@ -76,7 +87,7 @@ def write_codes(
     """
     units = {unit.key: unit for unit in model_map.units()}
     watched = gram_layers(run.denoiser, calibration.shared_inputs)
-    groups = gram_groups(watched, config.gram_bytes)
+    groups = gram_groups(watched, gram_memory(config.gram_bytes, run.denoiser.device))
     group_of = {
         name: number
         for number, group in enumerate(groups)

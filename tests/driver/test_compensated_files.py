@@ -11,7 +11,7 @@ import torch
 import hswq
 from hswq.calibration import Calibration, Codes
 from hswq.driver import plan_checkpoint
-from hswq.driver.compensate import bias_key
+from hswq.driver.compensate import bias_key, gram_memory
 from hswq.errors import FormatError, InputError, OptionError
 from hswq.fast.__main__ import main
 from hswq.formats.quantized import dequantize, quantized_weights
@@ -36,6 +36,14 @@ def statistics(tiny: Tiny, tmp_path_factory) -> Path:
     assert len(runs) > 2
     assert f"gram {len(runs)}/{len(runs)}" in runs
     return path
+
+
+def test_gram_matrices_leave_room_on_a_gpu(monkeypatch):
+    """Eight gigabytes beside the denoiser are more than most cards have."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000, 24_000))
+    assert gram_memory(8_000, torch.device("cuda:0")) == 3_000
+    assert gram_memory(2_000, torch.device("cuda:0")) == 2_000
+    assert gram_memory(8_000, torch.device("cpu")) == 8_000
 
 
 def test_groups_do_not_change_the_codes(tiny, statistics, tmp_path):
