@@ -242,8 +242,8 @@ class CalibrationConfig:
     )
     gram_memory: str = option(
         "8GB",
-        "compensated: memory for Gram matrices, on a GPU at most half of what is free; layers beyond "
-        "it wait for another run of the sampler",
+        "compensated: memory for Gram matrices, on a GPU at most half of what is free; layers "
+        "beyond it wait for another run of the sampler",
         metavar="SIZE",
         group=SAMPLING,
     )

@@ -84,7 +84,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         # What inspect is asked to describe need not be something that quantize accepts.
         family = prediction = None
     metadata = dict(checkpoint.metadata)
-    plan = _stored_plan(metadata, checkpoint.path)
+    plan = stored_plan(checkpoint)
     quantized = quantized_weights(checkpoint)
     return {
         "kind": "checkpoint",
@@ -107,14 +107,20 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _stored_plan(metadata: dict[str, str], path: Path) -> Plan | None:
-    if "hswq.plan" not in metadata:
+def stored_plan(checkpoint: Checkpoint) -> Plan | None:
+    """Return the plan in a file's metadata; None where there is none.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    if "hswq.plan" not in checkpoint.metadata:
         return None
+    where = f"'hswq.plan' in the metadata of {checkpoint.path}"
     try:
-        data = json.loads(metadata["hswq.plan"])
+        data = json.loads(checkpoint.metadata["hswq.plan"])
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"'hswq.plan' in the metadata of {path} is not JSON: {error}.") from error
-    return Plan.from_dict(data, f"'hswq.plan' in the metadata of {path}")
+        raise FormatError(f"{where} is not JSON: {error}.") from error
+    return Plan.from_dict(data, where)
 
 
 def _is_bulky(key: str) -> bool:

@@ -148,10 +148,20 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from hswq.driver import inspect_path
+    from hswq.driver import check_file, inspect_path
     from hswq.fast.render import render_facts
 
+    if arguments.against is not None and not arguments.verify:
+        raise OptionError("--against SOURCE is for --verify: give both.")
     facts = inspect_path(arguments.path)
+    if arguments.verify:
+        if facts["kind"] != "checkpoint":
+            raise InputError(f"--verify checks checkpoints, and this is a {facts['kind']} file.")
+        check = _with_bars(
+            arguments,
+            lambda progress: check_file(arguments.path, arguments.against, progress=progress),
+        )
+        facts["verified"] = dataclasses.asdict(check)
     _show(arguments, facts, render_facts(facts))
 
 

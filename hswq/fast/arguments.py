@@ -56,6 +56,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", "describe a checkpoint, statistics file or plan")
     inspect.add_argument("path", help="file or folder")
+    inspect.add_argument(
+        "--verify", action="store_true", help="read every byte of a checkpoint and check it"
+    )
+    inspect.add_argument(
+        "--against", metavar="SOURCE", help="with --verify: the checkpoint that it was made from"
+    )
 
     bench = _command(commands, "bench", "compare files of one model by what they paint")
     _add_paths(bench, output=None)
