@@ -4,7 +4,8 @@
     python -m benchmarks.levers impact --width tiny   # a quick check of the script
     python -m benchmarks.levers compensate            # every shape once, the rest by their number
 
-`impact` measures every unit on one recorded call and compares the time with one forward a unit.
+`impact` measures every eighth unit (--every) on one recorded call and compares the time with one
+forward a unit.
 `compensate` gathers, factorizes and rounds one layer of each shape, on inputs that are correlated
 as an autoregressive process, and adds up: a call's Gram matrices, all factors, all roundings.
 Layers with shared inputs share matrix and factors. Factors take one thread each, several at a
@@ -29,10 +30,11 @@ from benchmarks.make_checkpoint import WIDTHS, configuration, filled_module
 from benchmarks.monitor import layers_of, unet_inputs
 from benchmarks.record import record
 from benchmarks.timing import add_run_options, start_run, time_once
-from hswq.calibration import Gram, gram_groups, gram_layers
+from hswq.calibration import Gram, Impact, gram_groups, gram_layers
 from hswq.calibration.gram import ROWS_PER_CALL, GramLayer
 from hswq.formats.e4m3 import E4M3_MAX
 from hswq.plan import measure_impact
+from hswq.plan.impact import impact_options
 from hswq.search.compensated import Factors, round_weight
 
 # Correlation of neighbouring columns: activations of real models are far from independent.
@@ -59,23 +61,28 @@ def time_impact(options: argparse.Namespace, run: dict[str, Any]) -> None:
         unet(**inputs)
     forwards = [time_once(lambda: unet(**inputs)) for _ in range(options.rounds)]
     loaded = peak_bytes()
-    config = hswq.CalibrationConfig(sensitivity="impact")
+    config = hswq.CalibrationConfig(preset="seed", sensitivity="impact")
+    layers = [name for name, part in unet.named_modules() if part in set(layers_of(unet))]
+    measured = layers[:: options.every]
+    # The others pass for measured.
+    calibration.impact = Impact({}, impact_options(config.settled()), 1)
+    calibration.impact.partial = dict.fromkeys(set(layers) - set(measured), (0.0,))
     started = time.perf_counter()
     measure_impact(unet, calibration, config)
     seconds = time.perf_counter() - started
     forwards += [time_once(lambda: unet(**inputs)) for _ in range(options.rounds)]
     forward = sorted(forwards)[len(forwards) // 2]
-    units = len(layers_of(unet))
     record(
         {
             "op": "impact",
             "case": f"{options.width}, latent {options.latent}, batch {options.batch}, one call",
-            "units": units,
+            "units": len(layers),
+            "units_measured": len(measured),
             "dtype": options.dtype,
             **run,
             "seconds": round(seconds, 2),
             "forward_seconds": round(forward, 3),
-            "of_one_forward_a_unit": round(seconds / units / forward, 3),
+            "of_one_forward_a_unit": round(seconds / len(measured) / forward, 3),
             "peak_bytes": peak_bytes(),
             "peak_bytes_before": loaded,
         }
@@ -196,6 +203,7 @@ def main() -> None:
     command.add_argument("--latent", type=int, default=16)
     command.add_argument("--batch", type=int, default=2)
     command.add_argument("--width", choices=WIDTHS, default="sdxl")
+    command.add_argument("--every", type=int, default=8, help="measure every n-th unit")
     add_run_options(command, rounds=3)
     command = commands.add_parser("compensate", help=time_compensate.__doc__)
     command.set_defaults(measure=time_compensate)
