@@ -261,8 +261,16 @@ def error(row: dict[str, Any] | None) -> str:
     return "-" if row is None else f"{row['latent_mse']:.1e} ± {row['latent_mse_ci95']:.0e}"
 
 
+def times(seed: dict[str, Any] | None, best: dict[str, Any] | None, name: str) -> str:
+    """Return how many times as large a figure of the first row is."""
+    return f"{seed[name] / best[name]:.3g}" if seed and best else "-"
+
+
 def table(model: str) -> str:
-    """Return the rows of a model as a table: budgets down, levers across."""
+    """Return the rows of a model as a table: budgets down, levers across.
+
+    The last column is the ratio of the means and, where they are recorded, of the medians.
+    """
     rows = latest_rows(model)
     lines = []
     for kind in sorted({kind for kind, _, _ in rows}):
@@ -278,7 +286,9 @@ def table(model: str) -> str:
                 for it in levers
             }
             seed, best = found.get("seed"), found.get("best")
-            ratio = f"{seed['latent_mse'] / best['latent_mse']:.3g}" if seed and best else "-"
+            ratio = times(seed, best, "latent_mse")
+            if seed and best and "latent_mse_median" in seed and "latent_mse_median" in best:
+                ratio += f" ({times(seed, best, 'latent_mse_median')})"
             cells = " | ".join(error(row) for row in found.values())
             lines.append(f"| {100 * share:g}% | {cells} | {ratio} |")
         lines.append("")
