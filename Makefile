@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # The constraints hold for the build environment too.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+PIP_AUDIT := 2.10.1
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl tests/kernels/native/*.cpp)
 
-.PHONY: install dev demo lint test test-slow quality clean
+.PHONY: install dev demo lint test test-slow audit quality clean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -38,8 +39,14 @@ test: lint
 test-slow: dev
 	$(BIN)/python -m pytest -m slow --require-backends reference,cpp
 
+# In an environment of its own: its packages are none of the project's.
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit==$(PIP_AUDIT)
+	$(PYTHON) .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt
+
 quality: dev
 	$(BIN)/python -m benchmarks.quality --plot docs/quality.svg
 
 clean:
-	rm -rf build dist *.egg-info demo hswq/kernels/_cpp*.so $(VENV)
+	rm -rf build dist *.egg-info demo hswq/kernels/_cpp*.so $(VENV) $(VENV)-audit

@@ -307,7 +307,9 @@ def variations() -> str:
     for key, row in sorted(varied.items()):
         if key[:4] != before:
             before = key[:4]
-            default = latest_rows(key[0]).get(key[1:4])
+            kind, lever, share = key[1:4]
+            known = latest_rows(key[0])
+            default = known.get((kind, lever, share)) or known.get((kind, TWINS[lever], share))
             lines.append(f"| {key[0]} {key[1]} {key[2]} {key[3]:.0%} | - | {error(default)} |")
         text = ", ".join(f"{name} {value}" for name, value in row["varied"].items())
         lines.append(f"| | {text} | {error(row)} |")

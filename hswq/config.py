@@ -175,6 +175,17 @@ class CalibrationConfig:
     allow_download: bool = option(
         False, "let missing components be fetched from the model hub", group=SAMPLING
     )
+    cpu_offload: bool = option(
+        False,
+        "let text encoders take turns on the GPU, each as a whole",
+        group=SAMPLING,
+    )
+    sequential_offload: bool = option(
+        False,
+        "keep text encoders and denoiser in main memory and bring them to the GPU layer by layer: "
+        "slow, for models that do not fit",
+        group=SAMPLING,
+    )
     calib_dtype: str = option(
         "auto",
         "dtype the denoiser runs in; auto: float32 on the CPU, the file's own on a GPU",
@@ -282,6 +293,10 @@ class CalibrationConfig:
             raise OptionError(
                 "--embeddings and --text-encoder exclude each other: with embeddings no text "
                 "encoder is loaded. Give one of them."
+            )
+        if self.cpu_offload and self.sequential_offload:
+            raise OptionError(
+                "--cpu-offload and --sequential-offload exclude each other: give one of them."
             )
         if isinstance(self.text_encoder, str):
             raise OptionError(

@@ -26,5 +26,13 @@ class PlanError(HswqError, ValueError):
     """A plan does not fit the model or cannot be made."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A long run was stopped at a safe point; the text says how to go on."""
+
+
+class RankError(HswqError, RuntimeError):
+    """A process of a distributed run ended before the others."""
+
+
 class BackendError(HswqError, RuntimeError):
     """A kernel backend was asked for and cannot run."""

@@ -11,10 +11,12 @@ import pytest
 
 from tests.tiny import Tiny
 
-PACKAGE = Path(__file__).parent.parent / "hswq"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hswq"
 LAYER = {
     "errors": 0,
     "config": 0,
+    "processes": 0,
     "progress": 0,
     "formats": 1,
     "kernels": 2,
@@ -98,6 +100,22 @@ def test_conversion_with_given_statistics_loads_only_torch(tiny: Tiny, tmp_path:
         f"print({heavy | unused!r} & set(sys.modules))"
     )
     assert run_python(code) == "set()"
+
+
+def test_nothing_is_unpickled() -> None:
+    """A pickle in a checkpoint's place runs its maker's code: torch.load only with weights_only."""
+    loads = 0
+    for part in ("hswq", "kernels", "benchmarks", "examples"):
+        for path in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    names = {alias.name for alias in node.names}
+                    assert not names & {"pickle", "marshal", "shelve", "dill"}, path
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("torch.load"):
+                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    assert given.get("weights_only") == "True", f"{path}:{node.lineno}"
+                    loads += 1
+    assert loads
 
 
 def test_every_public_name_resolves() -> None:

@@ -92,9 +92,9 @@ def load_trained(trained: Path, folder: Path) -> dict[str, nn.Module]:
             "text_encoder_2": text_encoder_2,
         }
     )
-    denoiser.load_state_dict(torch.load(trained / "denoiser.pt"))
+    denoiser.load_state_dict(torch.load(trained / "denoiser.pt", weights_only=True))
     vae = architecture.build_vae()
-    vae.load_state_dict(torch.load(trained / "vae.pt"))
+    vae.load_state_dict(torch.load(trained / "vae.pt", weights_only=True))
     return {**denoiser, "vae": vae}
 
 

@@ -78,7 +78,7 @@ class Training:
             "schedule": self.schedule,
         }
         if state.exists():
-            saved = torch.load(state)
+            saved = torch.load(state, weights_only=True)
             self.step = saved["step"]
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
@@ -191,27 +191,28 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 
 def encode_scenes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Scaled latents of drawn scenes, the scenes, and which were drawn coarsely; cached."""
-    cache = arguments.folder / "latents.pt"
-    if cache.exists():
-        return torch.load(cache, weights_only=False)
-    vae = architecture.build_vae().eval()
-    trained = arguments.folder / "vae.pt"
-    if not trained.exists():
-        torch.save(demo_pipeline().vae.state_dict(), trained)
-    vae.load_state_dict(torch.load(trained))
+    """Scaled latents of drawn scenes, cached; the scenes, and which were drawn coarsely."""
     rng = np.random.default_rng(arguments.seed)
     scenes = training_scenes()
     chosen = [scenes[index] for index in rng.integers(len(scenes), size=arguments.images)]
     half = rng.random(arguments.images) < 0.1
-    latents = []
+    cache = arguments.folder / "latents.pt"
+    if cache.exists():
+        latents = torch.load(cache, weights_only=True)
+        return {"latents": latents, "scenes": chosen, "half": half}
+    vae = architecture.build_vae().eval()
+    trained = arguments.folder / "vae.pt"
+    if not trained.exists():
+        torch.save(demo_pipeline().vae.state_dict(), trained)
+    vae.load_state_dict(torch.load(trained, weights_only=True))
+    parts = []
     with torch.no_grad():
         for first in tqdm(range(0, arguments.images, 64), desc="encode"):
             images = draw_batch(chosen[first : first + 64], rng, half[first : first + 64])
-            latents.append(vae.encode(images).latent_dist.mean * vae.config.scaling_factor)
-    encoded = {"latents": torch.cat(latents), "scenes": chosen, "half": half}
-    torch.save(encoded, cache)
-    return encoded
+            parts.append(vae.encode(images).latent_dist.mean * vae.config.scaling_factor)
+    latents = torch.cat(parts)
+    torch.save(latents, cache)
+    return {"latents": latents, "scenes": chosen, "half": half}
 
 
 def train_denoiser(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,11 @@ from hswq.calibration.gram import Gram, GramLayer, gather_grams, gram_groups, gr
 from hswq.calibration.impact import Impact
 from hswq.calibration.observer import observe
 from hswq.calibration.prompts import load_prompts, prompts_hash
-from hswq.calibration.run import SamplingRun, run_calibration, sampling_settings
+from hswq.calibration.run import (
+    SamplingRun,
+    check_calibration,
+    sampling_settings,
+)
 from hswq.calibration.statistics import Calibration, LayerStatistics, is_statistics
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "LayerStatistics",
     "Recorder",
     "SamplingRun",
+    "check_calibration",
     "check_embeddings",
     "codes_path",
     "encode_prompts",
@@ -41,7 +46,6 @@ __all__ = [
     "load_prompts",
     "observe",
     "prompts_hash",
-    "run_calibration",
     "sampling_settings",
     "save_embeddings",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hswq import kernels
 from hswq.errors import InputError
+from hswq.models.offload import execution_device
 
 # Columns of one Gram matrix; wider weights get one that is block-diagonal.
 MAX_COLUMNS = 8192
@@ -137,7 +138,7 @@ class _Watch:
         self._backend = backend
         self._call = 0
         width = layer.columns // layer.blocks
-        device = next(part.parameters()).device
+        device = execution_device(part)
         self._matrix = torch.zeros(layer.blocks, width, width, device=device)
         self._total = torch.zeros(layer.columns, dtype=torch.float64, device=device)
         self._rows = torch.zeros((), dtype=torch.int64, device=device)

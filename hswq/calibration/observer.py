@@ -29,7 +29,7 @@ def observe(
     backend: str | None = None,
     *,
     input_max: bool = False,
-    record: int | Recorder = 0,
+    record: int = 0,
     gram: bool = False,
 ) -> Iterator[Calibration]:
     """Watch every nn.Linear and nn.Conv2d of a module while the caller runs it.
@@ -49,7 +49,7 @@ def observe(
         backend: kernel backend; None lets the dispatcher choose.
         input_max: find the largest |x| of each layer too, which static FP8 activations need.
         record: how many calls of the module to keep, for measuring impact: a sample of all calls,
-            copied to the CPU. Or a recorder that knows which.
+            copied to the CPU.
         gram: gather the Gram matrices of the layers' inputs too, for compensated rounding:
             4 n^2 bytes for a weight of n columns, n^2 / blocks beyond 8192. Not inside CUDA graphs.
     Yields:
@@ -59,6 +59,22 @@ def observe(
         InputError: the module has no such layer, or a layer is given or returns something else
             than a tensor.
     """
+    recorder = Recorder(record) if record else None
+    with watch(module, backend, input_max=input_max, recorder=recorder, gram=gram) as calibration:
+        yield calibration
+    warn_of_gaps(calibration)
+
+
+@contextmanager
+def watch(
+    module: nn.Module,
+    backend: str | None = None,
+    *,
+    input_max: bool = False,
+    recorder: Recorder | None = None,
+    gram: bool = False,
+) -> Iterator[Calibration]:
+    """Do what `observe` does, with a recorder that the caller may direct, and warn of nothing."""
     shared = _SharedInputs()
     monitors = [
         _LayerMonitor(name, layer, shared, backend, input_max)
@@ -71,10 +87,9 @@ def observe(
             "observe. Pass the denoiser itself (pipeline.unet or pipeline.transformer)."
         )
     calibration = Calibration()
-    recorder = record if isinstance(record, Recorder) else Recorder(record)
     with ExitStack() as hooks:
         hooks.callback(shared.forget)
-        if record:
+        if recorder is not None:
             hooks.callback(recorder.attach(module).remove)
         grams: dict[str, Gram] = (
             hooks.enter_context(gather_grams(module, gram_layers(module), backend)) if gram else {}
@@ -85,14 +100,13 @@ def observe(
         hooks.callback(module.register_forward_hook(_uncompiled(shared.end_forward)).remove)
         yield calibration
     calibration.modules.update({monitor.name: monitor.statistics() for monitor in monitors})
-    calibration.records = recorder.records()
+    calibration.records = recorder.records() if recorder is not None else ()
     calibration.grams = grams
     calibration.shared_inputs = {
         monitor.name: min(monitor.inputs_of)
         for monitor in monitors
         if len(monitor.inputs_of) == 1 and monitor.kind == "linear"
     }
-    _warn_of_gaps(calibration)
 
 
 class _SharedInputs:
@@ -256,7 +270,8 @@ class _LayerMonitor:
         return total
 
 
-def _warn_of_gaps(calibration: Calibration) -> None:
+def warn_of_gaps(calibration: Calibration) -> None:
+    """Name the layers whose statistics are missing or incomplete."""
     layers = calibration.modules.items()
     silent = [name for name, layer in layers if layer.calls + layer.skipped == 0]
     partly = [name for name, layer in layers if layer.calls > 0 and layer.skipped > 0]

@@ -12,11 +12,12 @@ import torch
 
 from hswq.calibration.calls import Recorder
 from hswq.calibration.embeddings import Embeddings, check_embeddings
-from hswq.calibration.observer import observe
+from hswq.calibration.observer import warn_of_gaps, watch
 from hswq.calibration.prompts import prompts_hash
 from hswq.calibration.statistics import Calibration
 from hswq.config import CalibrationConfig
 from hswq.errors import InputError
+from hswq.models.offload import execution_device
 from hswq.models.sampler import Sampler
 from hswq.progress import Progress, no_progress
 
@@ -26,88 +27,50 @@ logger = logging.getLogger(__name__)
 _PIXEL_STEP = 8
 
 
-def run_calibration(
-    pipeline: Any,
-    sampler: Sampler,
-    config: CalibrationConfig,
-    conditioning: Sequence[str] | Embeddings,
-    *,
-    progress: Progress = no_progress,
-    samples: Sequence[int] | None = None,
-) -> Calibration:
-    """Sample latents with a diffusers pipeline and return what the hooks on its denoiser saw.
-
-    Sample i starts from noise of seed `config.seed + i`, drawn on the CPU so that it is the same
-    for every device, and takes prompt i modulo their number. Statistics of disjoint samples merge
-    to those of one run, bit for bit.
-
-    Where the ranking is by impact, the denoiser's calls in `config.calls` steps are recorded,
-    spread evenly over the sampler's schedule and each, as far as there are enough, of another
-    sample.
+def check_calibration(calibration: Calibration, dtype: str) -> None:
+    """Say what the statistics of a whole run lack.
 
     Args:
-        pipeline: diffusers pipeline with a `unet` or a `transformer`, on its device.
-        sampler: how the family's pipeline is called.
-        config: steps, latent, guidance, seed, backend and, where `samples` is None, how many.
-        conditioning: prompts, or embeddings where the pipeline has no text encoders.
-        progress: called after every sampler step with ('calibrate', steps done, steps in all).
-        samples: indices to run, each >= 0 and once; None runs 0 .. config.samples - 1.
-    Returns:
-        Statistics with settings and samples; the caller adds the model map and the fingerprint.
+        calibration: of all samples.
+        dtype: of the denoiser.
     Raises:
-        InputError: the latent size, the samples or the embeddings do not fit, or every sample
-            ended in NaN or Inf.
+        InputError: every sample ended in NaN or Inf.
     """
-    run = SamplingRun(pipeline, sampler, config, conditioning, samples)
-    recorder = Recorder(0)
-    recorder.armed = False
-    wanted = run.recorded_steps() if config.sensitivity == "impact" else set()
-
-    def before(sample: int, step: int) -> None:
-        recorder.armed = (sample, step) in wanted
-
-    observed = observe(
-        run.denoiser,
-        backend=config.backend,
-        input_max=config.activations == "fp8",
-        record=recorder if wanted else 0,
-    )
-    with observed as calibration:
-        finite = run.all_samples("calibrate", progress, before)
-        if finite == 0:
-            raise InputError(
-                f"all {len(run.indices)} samples ended in NaN or Inf with the denoiser in "
-                f"{run.dtype}: its activations overflow, or the checkpoint is damaged. "
-                "Run with --calib-dtype bf16 or fp32."
-            )
-    if finite < len(run.indices):
-        logger.warning(
-            "%d of %d samples ended in NaN or Inf; use --calib-dtype bf16 or fp32",
-            len(run.indices) - finite,
-            len(run.indices),
+    count, lost = len(calibration.samples), len(calibration.overflowed)
+    if lost == count:
+        raise InputError(
+            f"all {count} samples ended in NaN or Inf with the denoiser in {dtype}: its "
+            "activations overflow, or the checkpoint is damaged. Run with --calib-dtype bf16 or "
+            "fp32."
         )
-    calibration.settings = run.settings()
-    calibration.samples = tuple(sorted(run.indices))
+    if lost:
+        logger.warning(
+            "%d of %d samples ended in NaN or Inf; use --calib-dtype bf16 or fp32", lost, count
+        )
+    warn_of_gaps(calibration)
+    settings = calibration.settings
     logger.info(
-        "calibrated %d layers: %d samples of %d steps at %d pixels, %s",
+        "calibrated %d layers: %d samples of %d steps at latent %d, %s",
         len(calibration.modules),
-        len(run.indices),
-        run.steps,
-        run.pixels,
-        run.dtype,
+        count,
+        settings["steps"],
+        settings["latent"],
+        dtype,
     )
-    return calibration
 
 
 class SamplingRun:
     """The samples of a calibration, which can be run again: equal seeds, equal calls.
 
+    Sample i starts from noise of seed `config.seed + i`, drawn on the CPU so that it is the same
+    for every device, and takes prompt i modulo their number.
+
     Args:
-        pipeline: see `run_calibration`, as for the other arguments.
+        pipeline: diffusers pipeline with a `unet` or a `transformer`, on its device.
         sampler: how the family's pipeline is called.
-        config: steps, latent, guidance, seed and the number of samples.
-        conditioning: prompts or embeddings.
-        samples: indices to run; None runs 0 .. config.samples - 1.
+        config: steps, latent, guidance, seed, calls, backend and the number of samples.
+        conditioning: prompts, or embeddings where the pipeline has no text encoders.
+        samples: indices to run, each >= 0 and once; None runs 0 .. config.samples - 1.
     Raises:
         InputError: the latent size, the samples or the embeddings do not fit.
     """
@@ -126,6 +89,7 @@ class SamplingRun:
         self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         self.pixels = _pixels(pipeline, sampler, config.latent)
         self.steps, self.guidance = sampling_settings(sampler, self.denoiser.config, config)
+        self.device = execution_device(self.denoiser)
         self._pipeline, self._sampler, self._config = pipeline, sampler, config
         self._conditioning = conditioning
         if isinstance(conditioning, Embeddings):
@@ -163,37 +127,76 @@ class SamplingRun:
             chosen.add((next(free), step))
         return chosen
 
-    def all_samples(
+    def observe(self, samples: Sequence[int], progress: Progress = no_progress) -> Calibration:
+        """Run some of the samples and return what the hooks on the denoiser saw.
+
+        Statistics of disjoint samples merge to those of one run bit for bit, recorded calls
+        included. Where the ranking is by impact, the denoiser's calls in `config.calls` steps are
+        recorded, spread evenly over the sampler's schedule and each, as far as there are enough, of
+        another sample.
+
+        Args:
+            samples: indices, all of them of this run.
+            progress: called after every sampler step with ('calibrate', steps done, steps in all).
+        Returns:
+            Statistics with settings and samples; the caller adds model map and fingerprint.
+        """
+        config = self._config
+        recorder = Recorder(0)
+        recorder.armed = False
+        wanted = self.recorded_steps() if config.sensitivity == "impact" else set()
+
+        def before(sample: int, step: int) -> None:
+            recorder.armed = (sample, step) in wanted
+
+        watched = watch(
+            self.denoiser,
+            backend=config.backend,
+            input_max=config.activations == "fp8",
+            recorder=recorder if wanted else None,
+        )
+        with watched as calibration:
+            overflowed = self.sample(samples, "calibrate", progress, before)
+        calibration.settings = self.settings()
+        calibration.samples = tuple(sorted(samples))
+        calibration.overflowed = tuple(sorted(overflowed))
+        return calibration
+
+    def sample(
         self,
+        samples: Sequence[int],
         phase: str,
         progress: Progress = no_progress,
         before: Callable[[int, int], None] = lambda sample, step: None,
-    ) -> int:
-        """Run every sample.
+    ) -> list[int]:
+        """Run some of the samples.
 
         Args:
+            samples: their indices.
             phase: name of the phase for `progress`, which is called after every sampler step.
-            progress: see `run_calibration`.
+            progress: as for `observe`.
             before: called with sample and step before each sampler step.
         Returns:
-            How many samples ended in finite latents.
+            Those that ended in NaN or Inf.
         """
-        return sum(
-            self._sample(position, index, phase, progress, before)
-            for position, index in enumerate(self.indices)
-        )
+        overflowed = []
+        for position, index in enumerate(samples):
+
+            def report(done: int, every: int, position: int = position) -> None:
+                progress(phase, position * every + done, len(samples) * every)
+
+            if not self._sample(index, report, before):
+                overflowed.append(index)
+        return overflowed
 
     def _sample(
         self,
-        position: int,
         index: int,
-        phase: str,
-        progress: Progress,
+        progress: Callable[[int, int], None],
         before: Callable[[int, int], None],
     ) -> bool:
         def report(pipe: Any, step: int, _: Any, tensors: Any) -> Any:
-            every = pipe.num_timesteps
-            progress(phase, position * every + step + 1, len(self.indices) * every)
+            progress(step + 1, pipe.num_timesteps)
             before(index, step + 1)
             return tensors
 
@@ -213,7 +216,7 @@ class SamplingRun:
     def _arguments(self, index: int) -> dict[str, Any]:
         given = self._conditioning
         if isinstance(given, Embeddings):
-            sample = given.sample(index, self.denoiser.device, self.denoiser.dtype)
+            sample = given.sample(index, self.device, self.denoiser.dtype)
             return self._sampler.arguments(sample, self.guidance)
         return self._sampler.prompted(given[index % len(given)], self.guidance)
 

@@ -131,6 +131,7 @@ class Calibration:
         fingerprint: hash of that checkpoint's weights.
         settings: steps, latent, guidance, seed, hash of the prompts and the like; JSON values.
         samples: indices of the samples that were run.
+        overflowed: those of them that ended in NaN or Inf.
         records: some calls of the denoiser, for measuring impact.
         impact: what quantizing each layer alone changes, where that was measured.
         shared_inputs: for Linears that got the inputs of one layer in every call, which.
@@ -143,6 +144,7 @@ class Calibration:
     fingerprint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     samples: tuple[int, ...] = ()
+    overflowed: tuple[int, ...] = ()
     records: tuple[Call, ...] = ()
     impact: Impact | None = None
     shared_inputs: dict[str, str] = field(default_factory=dict)
@@ -289,6 +291,7 @@ class Calibration:
             self.fingerprint,
             dict(self.settings),
             tuple(sorted(self.samples + other.samples)),
+            tuple(sorted(self.overflowed + other.overflowed)),
             records=first.records + second.records,
             shared_inputs={
                 name: owner
@@ -334,6 +337,8 @@ class Calibration:
             metadata["hswq.fingerprint"] = self.fingerprint
         if self.impact is not None:
             metadata["hswq.impact"] = self.impact.to_json()
+        if self.overflowed:
+            metadata["hswq.overflowed"] = json.dumps(self.overflowed)
         if self.shared_inputs:
             metadata["hswq.shared_inputs"] = json.dumps(self.shared_inputs, sort_keys=True)
         structures = []
@@ -424,6 +429,7 @@ class Calibration:
             metadata.get("hswq.fingerprint"),
             json.loads(metadata["hswq.settings"]),
             tuple(json.loads(metadata["hswq.samples"])),
+            tuple(json.loads(metadata.get("hswq.overflowed", "[]"))),
             tuple(
                 Call.from_parts(text, _call_tensors(checkpoint, number))
                 for number, text in enumerate(structures)

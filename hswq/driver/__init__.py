@@ -1,5 +1,6 @@
 """The whole job: files, devices, statistics and plans joined."""
 
+from hswq.driver.batch import Outcome, quantize_checkpoints
 from hswq.driver.bench import bench_files
 from hswq.driver.calibrate import calibrate_checkpoint
 from hswq.driver.check import Check, check_file
@@ -12,6 +13,7 @@ from hswq.driver.report import Report
 __all__ = [
     "Check",
     "ConvertReport",
+    "Outcome",
     "Report",
     "bench_files",
     "calibrate_checkpoint",
@@ -22,4 +24,5 @@ __all__ = [
     "inspect_path",
     "plan_checkpoint",
     "quantize_checkpoint",
+    "quantize_checkpoints",
 ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from hswq.calibration import Embeddings
 from hswq.config import BenchConfig
-from hswq.driver.sampling import prepare_sampling
+from hswq.driver.sampling import memory_told, prepare_sampling
 from hswq.driver.source import Source, open_source
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
@@ -63,7 +63,7 @@ def bench_files(
     """
     paths = [Path(path) for path in files]
     seeds = list(range(config.seed, config.seed + config.seeds))
-    with open_source(src) as source, quiet_libraries():
+    with open_source(src) as source, quiet_libraries(), memory_told():
         for file in paths:
             _check_family(file, source)
         sampling = prepare_sampling(source, config, progress, vae=True)

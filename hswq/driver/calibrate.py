@@ -1,36 +1,47 @@
-"""Statistics of a checkpoint from its own sampler."""
+"""Statistics of a checkpoint from its own sampler, in parts that are kept and shared out."""
 
 from __future__ import annotations
 
-import json
-import logging
+import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import hswq
 from hswq.calibration import (
     Calibration,
     Codes,
+    Impact,
     SamplingRun,
+    check_calibration,
     codes_path,
-    run_calibration,
 )
 from hswq.config import CalibrationConfig
-from hswq.driver.compensate import RoundedParts, check_codes, write_codes
-from hswq.driver.sampling import prepare_sampling
+from hswq.driver.compensate import RoundedParts, write_codes
+from hswq.driver.ranks import Ranks, joined_ranks
+from hswq.driver.sampling import Encodings, memory_told, prepare_sampling
 from hswq.driver.source import Source, open_source
-from hswq.errors import HswqError, InputError
+from hswq.driver.work import WorkFolder
+from hswq.errors import InputError
+from hswq.formats.writer import place_copy
 from hswq.models.fingerprint import fingerprint
 from hswq.models.quiet import quiet_libraries
-from hswq.plan import measure_impact
+from hswq.plan import complete_impact, impact_options, measure_impact
 from hswq.progress import Progress, no_progress
 
-logger = logging.getLogger(__name__)
-
 _SAVE_EVERY_S = 60.0
+# Options that change no figure, and `preset`, which stands for others.
+_WITHOUT_EFFECT = (
+    *("preset", "gram_memory", "allow_download"),
+    *("cpu_offload", "sequential_offload"),
+)
 
 
 def calibrate_checkpoint(
@@ -42,142 +53,185 @@ def calibrate_checkpoint(
 ) -> Calibration:
     """Run a checkpoint's own sampler and return what the hooks saw.
 
+    What is finished is kept in NAME.hswq-work beside the output until all is: a run that was
+    interrupted goes on from there. Under torchrun the processes share samples, Gram matrices and
+    layers; the result is the same, bit for bit.
+
     Args:
         src: single file, sharded index or diffusers folder.
         config: samples, steps, prompts and the like.
-        output: statistics file to write, and to write again from time to time while impact is
-            measured. Where it holds an unfinished measurement of the same run, that is gone on
-            with. Compensated codes are written beside it, in NAME.codes.safetensors. None writes
-            nothing.
+        output: statistics file to write. Compensated codes are written beside it, in
+            NAME.codes.safetensors. None writes nothing.
         progress: called with (phase, done, total).
     Returns:
         Statistics of every Linear and Conv2d of the denoiser, with the traced map and the
         fingerprint of the checkpoint.
     Raises:
-        InputError: the checkpoint, a component or the prompts cannot be used.
+        InputError: the checkpoint, a component or the prompts cannot be used, or the work folder
+            holds a run with other options.
         FormatError: a file is damaged.
+        RankError: another process of the run has ended.
     """
-    with open_source(src) as source:
-        return calibrate_source(source, config, progress, None if output is None else Path(output))
+    config = config.settled()
+    if output is None and config.rounding == "compensated":
+        raise InputError(
+            "compensated codes need a file: give calibrate_checkpoint an output, beside which they "
+            "are written."
+        )
+    with ExitStack() as opened:
+        source = opened.enter_context(open_source(src))
+        ranks = opened.enter_context(joined_ranks())
+        if output is None:
+            target = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "statistics"
+        else:
+            target = Path(output)
+        work = opened.enter_context(WorkFolder(target, shared=not ranks.is_first))
+        calibration = calibrate_source(source, config, work, ranks, progress)
+        if output is not None:
+            if ranks.is_first:
+                save_with_codes(calibration, target)
+            calibration.codes = codes_path(target) if calibration.codes is not None else None
+        ranks.wait()
+    return calibration
 
 
 def calibrate_source(
     source: Source,
     config: CalibrationConfig,
+    work: WorkFolder,
+    ranks: Ranks,
     progress: Progress,
-    output: Path | None = None,
-    codes: Path | None = None,
+    encodings: Encodings | None = None,
 ) -> Calibration:
     """Calibrate an open checkpoint; see `calibrate_checkpoint`.
 
-    `codes` is the file of compensated codes to write, beside `output` where it is not given.
+    Compensated codes stay in the work folder.
     """
     config = config.settled()
-    sampling = prepare_sampling(source, config, progress)
+    work.agree(run_facts(config, CalibrationConfig))
+    # Every process has the folder before one of them writes a part.
+    ranks.wait()
+    sampling = prepare_sampling(source, config, progress, encodings=encodings)
     model_map = sampling.model_map
-    sampled = (sampling.pipeline, sampling.sampler, config, sampling.conditioning)
-    with quiet_libraries():
+    with quiet_libraries(), memory_told():
+        run = SamplingRun(sampling.pipeline, sampling.sampler, config, sampling.conditioning)
         identity = fingerprint(source.checkpoint, model_map)
-        run = SamplingRun(*sampled)
-        calibration = _unfinished(output, run, identity, config)
-        if calibration is None:
-            calibration = run_calibration(*sampled, progress=progress)
-            calibration.model_map, calibration.fingerprint = model_map, identity
-            if output is not None:
-                # What follows may be interrupted, and need not sample again.
-                calibration.save(output)
+        work.agree({"checkpoint": identity, **run.settings()})
+        calibration = _sample(run, work, ranks, progress)
+        calibration.model_map, calibration.fingerprint = model_map, identity
+        try:
+            check_calibration(calibration, run.dtype)
+        except InputError:
+            # The cure is another option, with which these samples are of no use.
+            work.clear()
+            raise
         if config.rounding == "compensated":
-            calibration.codes = codes or codes_path(output or _no_place_for_codes())
-            if not _are_codes_of(calibration, config):
-                write_codes(
-                    source, model_map, run, calibration, config, calibration.codes, progress
-                )
+            calibration.codes = write_codes(
+                *(source, model_map, run, calibration, config), work, ranks, progress
+            )
         if config.sensitivity == "impact":
-            _measure_impact(run.denoiser, calibration, config, progress, output)
-    if output is not None:
-        calibration.save(output)
+            _measure_impact(run.denoiser, calibration, config, work, ranks, progress)
     return calibration
 
 
-def _no_place_for_codes() -> Path:
-    raise InputError(
-        "compensated codes need a file: give calibrate_checkpoint an output, beside which they are "
-        "written."
-    )
+def run_facts(config: CalibrationConfig, kind: type[CalibrationConfig]) -> dict[str, Any]:
+    """Return what parts of a run depend on, by the names by which a user knows it.
+
+    Args:
+        config: of the run.
+        kind: the class whose options count.
+    """
+    found = {
+        "--" + spec.name.replace("_", "-"): getattr(config, spec.name)
+        for spec in dataclasses.fields(kind)
+        if spec.name not in _WITHOUT_EFFECT
+    }
+    return {**found, "hswq": hswq.__version__, "torch": torch.__version__}
 
 
-def _are_codes_of(calibration: Calibration, config: CalibrationConfig) -> bool:
-    """Tell whether an interrupted run has left the codes that are wanted."""
-    if calibration.codes is None or not calibration.codes.is_file():
-        return False
-    try:
-        with Codes(calibration.codes) as codes:
-            check_codes(codes, calibration, config)
-    except HswqError:
-        return False
-    return True
+def _sample(run: SamplingRun, work: WorkFolder, ranks: Ranks, progress: Progress) -> Calibration:
+    """Run the samples that are missing, one part each, and merge all."""
+
+    def part(index: int) -> Path:
+        return work.path / f"sample-{index:05}.safetensors"
+
+    ranks.exchange(work.path, "sample-*")
+    mine = ranks.share([index for index in run.indices if not part(index).is_file()])
+    ranks.wait()
+    for position, index in enumerate(mine):
+
+        def report(phase: str, done: int, total: int, position: int = position) -> None:
+            progress(phase, position * total + done, len(mine) * total)
+
+        run.observe([index], report).save(part(index))
+    ranks.exchange(work.path, "sample-*")
+    parts = (Calibration.load(part(index)) for index in run.indices)
+    return reduce(Calibration.merge, parts)
 
 
 def _measure_impact(
     denoiser: Any,
     calibration: Calibration,
     config: CalibrationConfig,
+    work: WorkFolder,
+    ranks: Ranks,
     progress: Progress,
-    output: Path | None,
 ) -> None:
     """Measure with the codes that files will have."""
-    with ExitStack() as opened:
-        rounder = None
-        compensated = config.rounding == "compensated"
-        if compensated and calibration.codes is not None and calibration.model_map is not None:
-            codes = opened.enter_context(Codes(calibration.codes))
-            rounder = RoundedParts(codes, calibration.model_map)
-        measure_impact(
-            *(denoiser, calibration, config),
-            rounder=rounder,
-            progress=progress,
-            save=_saver(calibration, output),
-        )
 
-
-def _unfinished(
-    output: Path | None, run: SamplingRun, identity: str, config: CalibrationConfig
-) -> Calibration | None:
-    """Return the statistics of an equal run that was interrupted after sampling."""
-    measures = config.sensitivity == "impact" or config.rounding == "compensated"
-    if output is None or not measures or not output.is_file():
-        return None
-    try:
-        found = Calibration.load(output)
-    except HswqError:
-        return None
-    same = (found.fingerprint, found.settings, found.samples) == (
-        *(identity, json.loads(json.dumps(run.settings()))),
-        tuple(run.indices),
-    )
-    complete = found.impact is not None and found.impact.values
-    if not same or complete or (config.sensitivity == "impact" and not _has_calls(found, run)):
-        return None
-    if config.activations == "fp8" and any(found.input_max(name) is None for name in found.modules):
-        return None
-    logger.info("going on with what %s holds", output)
-    return found
-
-
-def _has_calls(found: Calibration, run: SamplingRun) -> bool:
-    """Tell whether as many steps were recorded as are asked for, of one or two calls each."""
-    steps = len(run.recorded_steps())
-    return len(found.records) in (steps, 2 * steps)
-
-
-def _saver(calibration: Calibration, output: Path | None) -> Callable[[], None]:
-    """Return a function that saves the statistics when the last time was long enough ago."""
-    saved = time.monotonic()
+    def gather() -> Impact:
+        ranks.exchange(work.path, "impact-*")
+        found = Impact({}, impact_options(config), len(calibration.records))
+        for file in work.parts("impact-*"):
+            for name, changes in Impact.from_json(file.read_text("utf-8")).partial.items():
+                found.partial[name] = max(changes, found.partial.get(name, ()), key=len)
+        # Nobody writes before all have read.
+        ranks.wait()
+        return found
 
     def save() -> None:
-        nonlocal saved
-        if output is not None and time.monotonic() - saved > _SAVE_EVERY_S:
-            calibration.save(output)
-            saved = time.monotonic()
+        if calibration.impact is not None:
+            work.write(f"impact-{ranks.rank:05}.json", calibration.impact.to_json())
 
-    return save
+    calibration.impact = gather()
+    with ExitStack() as opened:
+        rounder = None
+        if calibration.codes is not None and calibration.model_map is not None:
+            codes = opened.enter_context(Codes(calibration.codes))
+            rounder = RoundedParts(codes, calibration.model_map)
+        try:
+            measure_impact(
+                *(denoiser, calibration, config),
+                rounder=rounder,
+                progress=progress,
+                save=_seldom(save),
+                share=ranks.share,
+            )
+        finally:
+            save()
+    calibration.impact = gather()
+    complete_impact(denoiser, calibration)
+
+
+def _seldom(work: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that does the work when the last time was long enough ago."""
+    last = time.monotonic()
+
+    def maybe() -> None:
+        nonlocal last
+        if time.monotonic() - last > _SAVE_EVERY_S:
+            work()
+            last = time.monotonic()
+
+    return maybe
+
+
+def save_with_codes(calibration: Calibration, path: str | os.PathLike[str]) -> None:
+    """Write a statistics file and beside it, before, the codes of a work folder, which keeps them.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    if calibration.codes is not None:
+        place_copy(calibration.codes, codes_path(path))
+    calibration.save(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hswq.calibration import (
     Codes,
     CodesWriter,
     Gram,
+    GramLayer,
     SamplingRun,
     gather_grams,
     gram_groups,
@@ -25,7 +26,9 @@ from hswq.calibration import (
 )
 from hswq.calibration.codes import UnitCodes
 from hswq.config import CalibrationConfig
+from hswq.driver.ranks import Ranks
 from hswq.driver.source import Source
+from hswq.driver.work import WorkFolder
 from hswq.errors import InputError
 from hswq.formats.containers import can_scale
 from hswq.formats.e4m3 import E4M3_MAX
@@ -69,10 +72,13 @@ def write_codes(
     run: SamplingRun,
     calibration: Calibration,
     config: CalibrationConfig,
-    path: Path,
+    work: WorkFolder,
+    ranks: Ranks,
     progress: Progress,
-) -> None:
+) -> Path:
     """Gather Gram matrices in as many sampling runs as memory asks for, and round every layer.
+
+    Each run gives a part, kept in the work folder; parts are shared out over the processes.
 
     Args:
         source: the open checkpoint, whose own weights are rounded.
@@ -80,52 +86,41 @@ def write_codes(
         run: the samples, with the denoiser.
         calibration: of the same samples.
         config: gram_memory, damping, bias_correction, scaled, container and the search are read.
-        path: the file of codes to write.
+        work: the work folder.
+        ranks: the processes of the run.
         progress: called with ('gram 1/G', steps …) and ('round', units …).
+    Returns:
+        The file of all codes, in the work folder.
     Raises:
-        InputError: the file cannot be written.
+        InputError: a file cannot be written.
+        RankError: another process has ended.
     """
-    units = {unit.key: unit for unit in model_map.units()}
-    watched = gram_layers(run.denoiser, calibration.shared_inputs)
-    groups = gram_groups(watched, gram_memory(config.gram_bytes, run.denoiser.device))
-    group_of = {
-        name: number
-        for number, group in enumerate(groups)
-        for layer in group
-        for name in layer.sharing
-    }
-    biases = {
-        key: bias
-        for key, unit in units.items()
-        if config.bias_correction and (bias := bias_key(model_map, unit)) is not None
-    }
-    writer = CodesWriter(
-        path,
-        {key: unit.shape for key, unit in units.items()},
-        biases,
-        calibration.fingerprint or "",
-        calibration.run_settings(),
-        codes_options(config),
-    )
-    job = _Rounding(source, calibration, config, biases)
-    done = 0
-    with writer:
-        for number, group in enumerate([*groups, []]):
-            members = [
-                unit
-                for unit in units.values()
-                # Grouped convolutions have no Gram matrix; they come last.
-                if group_of.get(unit.modules[0].name, len(groups)) == number
-            ]
-            grams: dict[str, Gram] = {}
-            if group:
-                with gather_grams(run.denoiser, group, config.backend) as grams:
-                    run.all_samples(f"gram {number + 1}/{len(groups)}", progress)
-            for unit, rounded in job.round_all(members, grams):
-                writer.write(unit.key, *rounded)
+    job = _Rounding(source, model_map, calibration, config)
+    target = work.path / "codes.safetensors"
+    ranks.exchange(work.path, "codes*")
+    finished = target.is_file()
+    missing = [] if finished else job.missing(work.parts("codes-*"))
+    ranks.wait()
+    if finished:
+        return target
+    tasks = ranks.share(_tasks(missing, run, calibration, config, ranks.size))
+    done, total = 0, sum(len(units) for units, _ in tasks)
+    for number, (units, layers) in enumerate(tasks):
+        grams: dict[str, Gram] = {}
+        if layers:
+            with gather_grams(run.denoiser, layers, config.backend) as grams:
+                run.sample(run.indices, f"gram {number + 1}/{len(tasks)}", progress)
+        # Units are disjoint, so that the first of them names the part.
+        with job.writer(work.path / f"codes-{job.number(units[0]):05}.safetensors", units) as part:
+            for unit, rounded in job.round_all(units, grams):
+                part.write(unit.key, *rounded)
                 done += 1
-                progress("round", done, len(units))
-        writer.commit()
+                progress("round", done, total)
+            part.commit()
+    ranks.exchange(work.path, "codes-*")
+    if ranks.is_first:
+        job.join(work.parts("codes-*"), target)
+    ranks.exchange(work.path, target.name)
     if job.unusable:
         logger.warning(
             "%d layers are rounded to nearest, since %s: %s",
@@ -133,6 +128,34 @@ def write_codes(
             next(iter(job.unusable.values())),
             ", ".join(list(job.unusable)[:10]),
         )
+    return target
+
+
+def _tasks(
+    units: Sequence[Unit],
+    run: SamplingRun,
+    calibration: Calibration,
+    config: CalibrationConfig,
+    processes: int,
+) -> list[tuple[list[Unit], list[GramLayer]]]:
+    """Divide units by the sampling runs that give their Gram matrices; at least one a process."""
+    wanted = {unit.modules[0].name: unit for unit in units}
+    watched = [
+        layer
+        for layer in gram_layers(run.denoiser, calibration.shared_inputs)
+        if any(name in wanted for name in layer.sharing)
+    ]
+    whole = sum(layer.nbytes for layer in watched)
+    memory = gram_memory(config.gram_bytes, run.device)
+    tasks = []
+    for group in gram_groups(watched, min(memory, -(-whole // processes))):
+        names = {name for layer in group for name in layer.sharing}
+        tasks.append(([unit for unit in units if unit.modules[0].name in names], group))
+    served = {unit.key for members, _ in tasks for unit in members}
+    # Grouped convolutions have no Gram matrix.
+    if rest := [unit for unit in units if unit.key not in served]:
+        tasks.append((rest, []))
+    return tasks
 
 
 # What a weight becomes: codes, scale, corrected bias, and the figures that are kept of it.
@@ -145,15 +168,59 @@ class _Rounding:
     def __init__(
         self,
         source: Source,
+        model_map: ModelMap,
         calibration: Calibration,
         config: CalibrationConfig,
-        biases: Mapping[str, str],
     ) -> None:
         self._source = source
         self._calibration = calibration
         self._config = config
-        self._biases = biases
+        self._units = {unit.key: unit for unit in model_map.units()}
+        self._biases = {
+            key: bias
+            for key, unit in self._units.items()
+            if config.bias_correction and (bias := bias_key(model_map, unit)) is not None
+        }
         self.unusable: dict[str, str] = {}
+
+    def number(self, unit: Unit) -> int:
+        """Return the place of a unit among all of them."""
+        return list(self._units).index(unit.key)
+
+    def missing(self, parts: Iterable[Path]) -> list[Unit]:
+        """Return the units that no part holds."""
+        done: set[str] = set()
+        for path in parts:
+            with Codes(path) as part:
+                done |= set(part.units)
+        return [unit for key, unit in self._units.items() if key not in done]
+
+    def writer(self, path: Path, units: Iterable[Unit]) -> CodesWriter:
+        """Return a writer of a file of some units' codes."""
+        shapes = {unit.key: unit.shape for unit in units}
+        return CodesWriter(
+            path,
+            shapes,
+            [key for key in self._biases if key in shapes],
+            self._calibration.fingerprint or "",
+            self._calibration.run_settings(),
+            codes_options(self._config),
+        )
+
+    def join(self, parts: Sequence[Path], target: Path) -> None:
+        """Make the file of all units from those of some."""
+        if len(parts) == 1:
+            parts[0].replace(target)
+            return
+        with self.writer(target, self._units.values()) as whole:
+            for path in parts:
+                with Codes(path) as part:
+                    for key, figures in part.units.items():
+                        bias = part.bias(key)
+                        whole.write(key, part.read(key), part.scale(key), bias, figures)
+            whole.commit()
+        for path in parts:
+            path.unlink()
 
     def round_all(
         self, units: Sequence[Unit], grams: Mapping[str, Gram]

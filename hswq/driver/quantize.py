@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hswq.calibration import Calibration, Codes
 from hswq.config import QuantizeConfig
-from hswq.driver.calibrate import calibrate_source
+from hswq.driver.calibrate import calibrate_source, save_with_codes
 from hswq.driver.compensate import check_codes
 from hswq.driver.job import (
     Job,
@@ -24,11 +24,13 @@ from hswq.driver.job import (
     smallest_output_bytes,
 )
 from hswq.driver.paths import check_outputs
+from hswq.driver.ranks import Ranks
 from hswq.driver.report import Report, Stopwatch, peak_memory_bytes
-from hswq.driver.sampling import resolve_device
+from hswq.driver.sampling import Encodings, memory_told, resolve_device
 from hswq.driver.source import Source, check_statistics, open_source
 from hswq.driver.stream import Piece, Stream
 from hswq.driver.verify import verify_output
+from hswq.driver.work import WorkFolder
 from hswq.errors import InputError
 from hswq.formats.containers import extra_tensors, marker_tensors
 from hswq.formats.writer import CheckpointWriter, check_room
@@ -69,16 +71,32 @@ def quantize_checkpoint(
         PlanError: an option does not fit the layers.
         BackendError: a backend or device that was asked for cannot run.
     """
+    return quantize_one(src, dst, config, calibration, progress)
+
+
+def quantize_one(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    config: QuantizeConfig,
+    calibration: Calibration | None,
+    progress: Progress,
+    encodings: Encodings | None = None,
+) -> Report:
+    """Do what `quantize_checkpoint` does, with embeddings that other checkpoints may share."""
     watch = Stopwatch()
     target, *_ = check_outputs(src, config, dst, config.save_stats)
-    with open_source(src) as source, ExitStack() as resources:
-        job, warnings = _prepare(source, config, calibration, watch, progress, resources, target)
+    with memory_told(), open_source(src) as source, ExitStack() as resources:
+        job, warnings = _prepare(
+            source, config, calibration, watch, progress, resources, target, encodings
+        )
         with CheckpointWriter(target, job.specs, job.metadata_bytes) as writer:
             results = _write_tensors(job, writer, watch, progress)
             plan = job.plan(results, writer.file_bytes)
             with watch.phase("finish"):
-                writer.commit(
-                    job.metadata(plan), lambda path: verify_output(job, path, plan, results)
+                digest = writer.commit(
+                    job.metadata(plan),
+                    lambda path: verify_output(job, path, plan, results),
+                    digest=True,
                 )
     return Report(
         source=str(src),
@@ -88,6 +106,7 @@ def quantize_checkpoint(
         scaled=config.scaled,
         source_bytes=plan.source_bytes,
         output_bytes=target.stat().st_size,
+        sha256=digest,
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
         warnings=tuple(warnings),
@@ -138,6 +157,7 @@ def _prepare(
     progress: Progress,
     resources: ExitStack,
     target: Path | None = None,
+    encodings: Encodings | None = None,
 ) -> tuple[Job, list[str]]:
     """Gather statistics, map and plan of an open source; `target` is the file to be written.
 
@@ -158,9 +178,11 @@ def _prepare(
         if target is not None:
             check_room(target, least_bytes)
         with watch.phase("calibrate"):
-            kept = None if config.save_stats is None else Path(config.save_stats)
-            codes = None if kept is not None else resources.enter_context(_passing_codes(target))
-            calibration = calibrate_source(source, config, progress, kept, codes)
+            place = resources.enter_context(_calibration_place(target))
+            work = resources.enter_context(WorkFolder(place))
+            calibration = calibrate_source(source, config, work, Ranks(), progress, encodings)
+            if config.save_stats is not None:
+                save_with_codes(calibration, config.save_stats)
     with watch.phase("plan"):
         model_map = source.map_from(calibration, config.pipeline)
         check_statistics(source, model_map, calibration, where)
@@ -175,11 +197,12 @@ def _prepare(
 
 
 @contextmanager
-def _passing_codes(target: Path | None) -> Iterator[Path]:
-    """Yield where codes may lie that nobody has asked to keep: beside the output, and then gone."""
-    folder = target.parent if target is not None else None
-    with tempfile.TemporaryDirectory(prefix=".hswq-", dir=folder) as name:
-        yield Path(name) / "codes.safetensors"
+def _calibration_place(target: Path | None) -> Iterator[Path]:
+    """Yield the file beside which a calibration works; a plan alone has none that stays."""
+    with ExitStack() as opened:
+        if target is None:
+            target = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "plan"
+        yield target
 
 
 def _open_codes(

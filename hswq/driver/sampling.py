@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +24,14 @@ from hswq.calibration import (
 )
 from hswq.config import CalibrationConfig
 from hswq.driver.source import Source
-from hswq.errors import BackendError
+from hswq.errors import BackendError, InputError
 from hswq.models.denoiser import denoiser_config
 from hswq.models.families import FAMILIES
 from hswq.models.map import ModelMap
 from hswq.models.sampler import Sampler
 from hswq.progress import Progress
 
+_HASHED_BYTES = 32 << 20
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,8 +63,26 @@ class Sampling:
         return getattr(self.pipeline, FAMILIES[self.model_map.family].component)
 
 
+class Encodings:
+    """Embeddings of prompts, for several checkpoints of one run that have equal text encoders."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Embeddings] = {}
+
+    def get(self, key: str, encode: Callable[[], Embeddings]) -> Embeddings:
+        """Return what is known under a key, or encode it."""
+        if key not in self._known:
+            self._known[key] = encode()
+        return self._known[key]
+
+
 def prepare_sampling(
-    source: Source, config: CalibrationConfig, progress: Progress, *, vae: bool = False
+    source: Source,
+    config: CalibrationConfig,
+    progress: Progress,
+    *,
+    vae: bool = False,
+    encodings: Encodings | None = None,
 ) -> Sampling:
     """Encode the prompts of a run, then load what paints them.
 
@@ -69,11 +91,13 @@ def prepare_sampling(
         config: samples, prompts, components and the like.
         progress: called with (phase, prompts encoded, prompts in all).
         vae: whether images are wanted, and not latents alone.
+        encodings: those of other checkpoints, which these are put to.
     Raises:
         InputError: a component or the prompts cannot be used.
         FormatError: a file is damaged.
     """
     # Runs with given statistics do without the pipeline.
+    from hswq.models.offload import offload_layers
     from hswq.models.pipeline import build_pipeline
     from hswq.models.quiet import quiet_libraries
 
@@ -94,19 +118,36 @@ def prepare_sampling(
         source.detection,
         pipeline_dir=folder,
         dtype=calibration_dtype(config, source, model_map, device),
-        device=device,
         text_encoders=tuple(map(Path, config.text_encoder)),
         allow_download=config.allow_download,
     )
     used = prompts[: config.samples]
+    held = torch.device("cpu")
+    kept = held if config.sequential_offload else device
     with quiet_libraries():
         # Text encoders and denoiser are never in memory together: each may fill a card.
-        conditioning = given or _encode(
-            build(None), sampler, guidance, used, prompts_hash(prompts), progress
-        )
+
+        def encode() -> Embeddings:
+            pipeline = build(None, device=held if config.cpu_offload else kept)
+            if config.sequential_offload:
+                for encoder in sampler.text_encoders:
+                    offload_layers(getattr(pipeline, encoder.name), device)
+            elif config.cpu_offload and device.type != "cpu":
+                pipeline.enable_model_cpu_offload(device=device)
+            return _encode(pipeline, sampler, guidance, used, prompts_hash(prompts), progress)
+
+        if given is not None:
+            conditioning = given
+        elif encodings is not None:
+            conditioning = encodings.get(_encoding_key(source, sampler, guidance, config), encode)
+        else:
+            conditioning = encode()
         _free_cached_memory(device)
-        pipeline = build(model_map, encoders=False, vae=vae)
-    return Sampling(pipeline, sampler, conditioning, used, model_map, steps, guidance)
+        pipeline = build(model_map, encoders=False, vae=vae, device=kept)
+    sampling = Sampling(pipeline, sampler, conditioning, used, model_map, steps, guidance)
+    if config.sequential_offload:
+        offload_layers(sampling.denoiser, device)
+    return sampling
 
 
 def _encode(
@@ -127,10 +168,51 @@ def _encode(
         )
 
 
+def _encoding_key(
+    source: Source, sampler: Sampler, guidance: float, config: CalibrationConfig
+) -> str:
+    """Hash all that the embeddings of a run's prompts depend on, but not where it lies.
+
+    Text encoders in the checkpoint count by their bytes, those in folders by the folders.
+    """
+    checkpoint = source.checkpoint
+    prefixes = tuple(encoder.prefix for encoder in sampler.text_encoders)
+    digest = hashlib.sha256()
+    own = sorted(key for key in checkpoint.tensors if key.startswith(prefixes))
+    for key in own:
+        info = checkpoint.tensors[key]
+        digest.update(f"{key} {info.dtype} {info.shape}\n".encode())
+        for offset in range(0, info.nbytes, _HASHED_BYTES):
+            length = min(_HASHED_BYTES, info.nbytes - offset)
+            digest.update(checkpoint.read_bytes(key, offset, length))
+    options = ("pipeline", "text_encoder", "calib_file", "samples", "calib_dtype", "device")
+    facts = [getattr(config, name) for name in options]
+    facts += [sampler.class_name, guidance, str(checkpoint.pipeline_dir)]
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
 def _free_cached_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Say what a GPU without enough memory can do.
+
+    Raises:
+        InputError: in place of torch's OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU has too little memory ({str(error).splitlines()[0]}). Close other programs "
+            "on it, use a smaller --latent, --gram-memory or --batch, --calib-dtype bf16, or "
+            "--sequential-offload or --device cpu. What was finished is kept."
+        ) from error
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,12 +10,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from hswq.config import BenchConfig, CalibrationConfig, QuantizeConfig
 from hswq.errors import BackendError, HswqError, InputError, OptionError
 from hswq.fast.arguments import config_from, make_parser
+from hswq.fast.stop import stopping_safely
 from hswq.fast.terminal import EscapingFormatter, escape_lines
+from hswq.processes import rank_of_environment
 from hswq.progress import Progress, no_progress
 
 EXIT_REFUSED, EXIT_USAGE, EXIT_BACKEND, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -34,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = ours.level
     ours.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     # A terminated run cleans up like an interrupted one.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        _check_processes(arguments)
         _COMMANDS[arguments.command](arguments)
     except OptionError as error:
         return _fail(error, EXIT_USAGE)
@@ -43,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_BACKEND)
     except (HswqError, OSError) as error:
         return _fail(error, EXIT_REFUSED)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written under the output's name", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted: nothing was written under the output's name"
+        print(escape_lines(text), file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         logger.exception("internal error")
@@ -55,8 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+def _check_processes(arguments: argparse.Namespace) -> None:
+    """Let only the first of several processes speak, and only where they share the work."""
+    rank, size = rank_of_environment()
+    if size == 1:
+        return
+    if arguments.command != "calibrate":
+        raise OptionError(
+            f"{arguments.command} runs in one process, and torchrun has started {size}: share out "
+            "`calibrate` alone, and give its statistics to the other commands with --stats."
+        )
+    arguments.quiet = arguments.quiet or rank > 0
 
 
 def _fail(error: BaseException, code: int) -> int:
@@ -65,12 +78,13 @@ def _fail(error: BaseException, code: int) -> int:
 
 
 def _with_bars(arguments: argparse.Namespace, work: Callable[[Progress], Any]) -> Any:
-    if arguments.quiet:
-        return work(no_progress)
-    from hswq.fast.bars import Bars
+    with stopping_safely() as stop:
+        if arguments.quiet:
+            return work(stop.checked(no_progress))
+        from hswq.fast.bars import Bars
 
-    with closing(Bars()) as bars:
-        return work(bars)
+        with closing(Bars()) as bars:
+            return work(stop.checked(bars))
 
 
 def _show(arguments: argparse.Namespace, data: Any, text: str) -> None:
@@ -83,13 +97,30 @@ def _show(arguments: argparse.Namespace, data: Any, text: str) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     config = cast(QuantizeConfig, config_from(arguments, QuantizeConfig))
-    from hswq.driver import quantize_checkpoint
-    from hswq.fast.render import render_report
+    from hswq.driver import quantize_checkpoint, quantize_checkpoints
+    from hswq.fast.render import render_batch, render_report
 
+    if arguments.output_dir is not None:
+        outcomes = _with_bars(
+            arguments,
+            lambda progress: quantize_checkpoints(
+                arguments.input, arguments.output_dir, config, progress=progress
+            ),
+        )
+        _show(arguments, [it.to_dict() for it in outcomes], render_batch(outcomes))
+        failed = [it.source for it in outcomes if it.error is not None]
+        if failed:
+            raise InputError(
+                f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}. The same command "
+                "tries these again."
+            )
+        return
+    if len(arguments.input) > 1:
+        raise OptionError("--output is one file: give --output-dir for several checkpoints.")
     report = _with_bars(
         arguments,
         lambda progress: quantize_checkpoint(
-            arguments.input, arguments.output, config, progress=progress
+            arguments.input[0], arguments.output, config, progress=progress
         ),
     )
     _show(arguments, report.to_dict(), render_report(report))
@@ -108,8 +139,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             arguments.input, config, arguments.output, progress=progress
         ),
     )
-    facts = inspect_path(arguments.output)
-    _show(arguments, facts, render_facts(facts))
+    # Other nodes need not see the first one's disk.
+    if rank_of_environment()[0] == 0:
+        facts = inspect_path(arguments.output)
+        _show(arguments, facts, render_facts(facts))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ EPILOG = (
 _NOT_OF_BENCH = (
     *("activations", "scaled", "container", "preset", "sensitivity", "rounding"),
     *("bias_correction", "damping", "gram_memory", "search", "bins", "candidates", "refinements"),
+    *("cpu_offload", "sequential_offload"),
 )
 
 
@@ -33,7 +34,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     quantize = _command(commands, "quantize", "write the FP8 version of a checkpoint")
-    _add_paths(quantize, output="the .safetensors file to write")
+    _add_paths(quantize, output=None, several=True)
+    outputs = quantize.add_mutually_exclusive_group(required=True)
+    outputs.add_argument("--output", metavar="FILE", help="the .safetensors file to write")
+    outputs.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="folder in which NAME-fp8.safetensors is written for each of several checkpoints",
+    )
     add_options(quantize, QuantizeConfig)
 
     calibrate = _command(commands, "calibrate", "run the sampler and save the statistics")
@@ -148,11 +156,12 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_paths(parser: argparse.ArgumentParser, output: str | None) -> None:
+def _add_paths(parser: argparse.ArgumentParser, output: str | None, several: bool = False) -> None:
     parser.add_argument(
         "--input",
         required=True,
         metavar="PATH",
+        nargs="+" if several else None,
         help="checkpoint: .safetensors file, sharded index, or diffusers folder",
     )
     if output is not None:

@@ -9,7 +9,9 @@ from hswq.fast.terminal import escape
 from hswq.plan.curve import thinned
 
 if TYPE_CHECKING:
-    from hswq.driver import ConvertReport, Report
+    from collections.abc import Sequence
+
+    from hswq.driver import ConvertReport, Outcome, Report
     from hswq.driver.demo import DemoResult
     from hswq.kernels import BackendStatus
     from hswq.plan import Plan
@@ -40,7 +42,17 @@ def render_report(report: Report) -> str:
         f"  error    weighted SQNR {_sqnr_range(plan)}",
         "  seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
         f"  memory   {gigabytes(report.peak_memory_bytes)} at most",
+        f"  sha256   {report.sha256}",
     ]
+    return "\n".join(lines)
+
+
+def render_batch(outcomes: Sequence[Outcome]) -> str:
+    """Return the summary of several checkpoints: the reports, then a line on each."""
+    lines = [render_report(it.report) for it in outcomes if it.report is not None]
+    for it in outcomes:
+        what = f"FAILED: {it.error}" if it.error is not None else "done"
+        lines.append(f"{it.source}: {what if it.report or it.error else 'done before'}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,8 @@
 
 A file is 8 bytes of little-endian header length, the header (JSON), and the tensors' bytes without
 holes. Everything here may come from a hostile file: nothing is allocated on its word, and whatever
-is wrong raises FormatError.
+is wrong raises FormatError. The header is read entry by entry: a general parser would make twenty
+times its bytes of nested junk before anybody could look at it.
 
 Source: https://github.com/huggingface/safetensors, README, "Format".
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -22,6 +25,8 @@ from hswq.errors import FormatError, InputError
 from hswq.formats.dtypes import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
+# Tensors of one file, and entries of its metadata: twenty times what diffusion models have.
+MAX_ENTRIES = 100_000
 LENGTH_BYTES = 8
 METADATA_KEY = "__metadata__"
 
@@ -32,7 +37,12 @@ _PICKLE = (
 )
 
 
-@dataclass(frozen=True)
+_SPACE = re.compile(rb"[ \t\n\r]*")
+# One tensor's entry: dtype, shape and offsets, flat, and no number below 0, not even -0.
+_ENTRY = re.compile(rb"\{[^{}-]{0,4096}\}")
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies.
 
@@ -124,10 +134,8 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
             text = handle.read(length)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    header = parse_json(text, f"the header of {path}")
-    metadata = _checked_metadata(path, header.pop(METADATA_KEY, {}))
     data_start = LENGTH_BYTES + length
-    tensors = [_checked_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    tensors, metadata = _parse_header(text, path, data_start)
     tensors.sort(key=lambda info: (info.begin, info.end))
     position = data_start
     for info in tensors:
@@ -168,13 +176,108 @@ def _damaged(path: Path, what: str) -> FormatError:
     return FormatError(f"{path} is damaged: {what}. Get the file again from where it came.")
 
 
-def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict):
-        raise _damaged(path, f"{METADATA_KEY} is no JSON object")
-    for key, value in metadata.items():
-        if not (isinstance(value, str) and _is_text(key) and _is_text(value)):
+def _parse_header(
+    text: bytes, path: Path, data_start: int
+) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Parse the header's JSON, each entry checked before the next is read."""
+    where = f"the header of {path}"
+    tensors: list[TensorInfo] = []
+    metadata: dict[str, str] = {}
+
+    def read_tensor(name: str, position: int) -> int:
+        if name == METADATA_KEY:
+            if text[position : position + 1] != b"{":
+                raise _damaged(path, f"{METADATA_KEY} is no JSON object")
+            return _read_object(text, position, read_metadata)
+        found = _ENTRY.match(text, position)
+        if found is None:
+            raise _damaged(
+                path, f"the entry of tensor {name!r} is no flat JSON object of texts and sizes"
+            )
+        entry = parse_json(found.group(), f"the entry of tensor {name!r} in {path}")
+        tensors.append(_checked_tensor(path, name, entry, data_start))
+        return found.end()
+
+    def read_metadata(key: str, position: int) -> int:
+        if text[position : position + 1] != b'"':
             raise _damaged(path, f"the value of metadata {key!r} is no text")
-    return metadata
+        value, position = _read_string(text, position)
+        if not (_is_text(key) and _is_text(value)):
+            raise _damaged(path, f"the value of metadata {key!r} is no text")
+        metadata[key] = value
+        return position
+
+    try:
+        end = _skip(text, _read_object(text, _skip(text, 0), read_tensor))
+        if end != len(text):
+            raise ValueError(f"there is more behind its end at byte {end}")
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{where} is not valid JSON: {error}.") from error
+    return tensors, metadata
+
+
+def _read_object(text: bytes, position: int, read_value: Callable[[str, int], int]) -> int:
+    """Read one JSON object.
+
+    Args:
+        text: the header.
+        position: of the brace that opens the object.
+        read_value: called with a key and the position of its value, returns that behind it.
+    Returns:
+        The position behind the object.
+    Raises:
+        ValueError: it is none, a key occurs twice, or there are too many.
+    """
+    position = _skip(text, _expect(text, position, b"{"))
+    if text[position : position + 1] == b"}":
+        return position + 1
+    seen: set[str] = set()
+    while True:
+        key, position = _read_string(text, position)
+        if key in seen:
+            raise ValueError(f"key {key!r} occurs twice")
+        seen.add(key)
+        if len(seen) > MAX_ENTRIES:
+            raise ValueError(f"there are more than {MAX_ENTRIES} entries")
+        position = _skip(text, _expect(text, _skip(text, position), b":"))
+        position = _skip(text, read_value(key, position))
+        if text[position : position + 1] == b"}":
+            return position + 1
+        position = _skip(text, _expect(text, position, b","))
+
+
+def _read_string(text: bytes, position: int) -> tuple[str, int]:
+    """Return a JSON string and the position behind it."""
+    start = position
+    position = _expect(text, position, b'"')
+    while True:
+        position = text.find(b'"', position)
+        if position < 0:
+            raise ValueError(f"the string at byte {start} has no end")
+        escapes = position
+        while text[escapes - 1 : escapes] == b"\\":
+            escapes -= 1
+        position += 1
+        # A quote behind an odd number of backslashes belongs to the string.
+        if (position - escapes) % 2:
+            value: str = json.loads(text[start:position])
+            return value, position
+
+
+def _expect(text: bytes, position: int, character: bytes) -> int:
+    if text[position : position + 1] != character:
+        raise ValueError(
+            f"{character.decode()!r} is needed at byte {position}, and "
+            f"{text[position : position + 1]!r} is there"
+        )
+    return position + 1
+
+
+def _skip(text: bytes, position: int) -> int:
+    found = _SPACE.match(text, position)
+    return position if found is None else found.end()
 
 
 def _is_text(text: str) -> bool:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import os
+import platform
 import secrets
+import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -17,10 +23,14 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPES
 from hswq.formats.layout import Layout, TensorSpec
 
-__all__ = ["CheckpointWriter", "TensorSpec", "check_room"]
+__all__ = ["CheckpointWriter", "TensorSpec", "check_room", "place_copy", "remove_abandoned"]
 
 # One pwrite moves at most 2**31 - 4096 bytes on Linux.
 _WRITE_BYTES = 1 << 30
+_COPIED_BYTES = 32 << 20
+_HASHED_BYTES = 4 << 20
+# With the machine in it: where disks are shared, locks of others may not be seen.
+_PARTIAL = f".hswq-{zlib.crc32(platform.node().encode()):08x}-*.partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CURES = {
     errno.ENOENT: "its folder does not exist: create it, or give another path",
@@ -51,6 +61,7 @@ class CheckpointWriter:
 
     Bytes go to a hidden file beside the target, whose space is reserved on entry; `commit` moves it
     to the target's name. Leaving without commit removes it and leaves an older target as it was.
+    What a killed process left behind is removed by the next writer in the folder.
 
     Args:
         path: the target; a symbolic link is followed.
@@ -68,7 +79,7 @@ class CheckpointWriter:
         self._layout = Layout.of(specs, metadata_bytes)
         self._written: dict[str, int] = {}
         # Its name does not grow with the target's, which may be as long as the file system allows.
-        self._temporary = self.path.with_name(f".hswq-{secrets.token_hex(8)}.partial")
+        self._temporary = self.path.with_name(_PARTIAL.replace("*", secrets.token_hex(8)))
         self._descriptor: int | None = None
 
     @classmethod
@@ -90,9 +101,8 @@ class CheckpointWriter:
             what = "a folder" if os.path.isdir(self.path) else "no regular file"
             raise InputError(f"{self.path} cannot be written: it is {what}. Give another path.")
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            # The umask applies, as to any new file.
-            self._descriptor = os.open(self._temporary, flags, mode=0o666)
+            remove_abandoned(self.path.parent)
+            self._descriptor = _create_locked(self._temporary)
             self._reserve(self._descriptor)
         except OSError as error:
             self._discard()
@@ -158,8 +168,12 @@ class CheckpointWriter:
         self._write_at(name, offset, view)
 
     def commit(
-        self, metadata: Mapping[str, str], verify: Callable[[Path], None] | None = None
-    ) -> None:
+        self,
+        metadata: Mapping[str, str],
+        verify: Callable[[Path], None] | None = None,
+        *,
+        digest: bool = False,
+    ) -> str:
         """Write the header and move the complete file to the target's name.
 
         Tensors without elements need not have been written.
@@ -168,6 +182,9 @@ class CheckpointWriter:
             metadata: text by key.
             verify: called with the path of the complete file before it takes the target's name; an
                 error it raises leaves an older target as it was.
+            digest: whether the SHA-256 of the file is wanted; it is taken while the disk syncs.
+        Returns:
+            The SHA-256 as 64 hexadecimal digits; empty where it is not wanted.
         Raises:
             InputError: a tensor is incomplete, the metadata are not text or larger than reserved,
                 or the disk refuses.
@@ -186,7 +203,12 @@ class CheckpointWriter:
         descriptor = self._open_descriptor()
         try:
             _write_all(descriptor, memoryview(start), 0)
-            os.fsync(descriptor)
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(_sha256, descriptor if digest else None)
+                os.fsync(descriptor)
+                sha256 = found.result()
+            # Somebody may have removed the folder meanwhile.
+            os.stat(self._temporary)
         except OSError as error:
             raise self._refused(error) from error
         if verify is not None:
@@ -204,6 +226,7 @@ class CheckpointWriter:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+        return sha256
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._layout.specs:
@@ -236,11 +259,7 @@ class CheckpointWriter:
             os.ftruncate(descriptor, self.file_bytes)
 
     def _refused(self, error: OSError) -> InputError:
-        if error.errno in _DISK_FULL:
-            free = _free_bytes(self.path)
-            return _does_not_fit(self.path, str(self.file_bytes), free, error.errno or 0)
-        cure = _CURES.get(error.errno or 0, f"{error.strerror}; give another path")
-        return InputError(f"{self.path} cannot be written: {cure}.")
+        return _refused(self.path, error, self.file_bytes)
 
     def _discard(self) -> None:
         """Close and remove the temporary file, unless it was committed."""
@@ -251,10 +270,75 @@ class CheckpointWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+def place_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Give a complete file a second name, by a link where the disks allow one, else by a copy.
+
+    Raises:
+        InputError: the target cannot be written; an older one is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(_PARTIAL.replace("*", secrets.token_hex(8)))
+    try:
+        remove_abandoned(target.parent)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            descriptor = _create_locked(temporary)
+            with open(descriptor, "wb") as copy, open(source, "rb") as original:
+                shutil.copyfileobj(original, copy, _COPIED_BYTES)
+                copy.flush()
+                os.fsync(copy.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        needed = os.stat(source).st_size
+        raise _refused(target, error, needed) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the hidden files of writers that were killed: nobody holds their locks any more."""
+    for path in folder.glob(_PARTIAL):
+        # It may vanish or be another user's; and some file systems know no locks.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _create_locked(path: Path) -> int:
+    """Create a file whose lock says that its writer lives, and return its descriptor."""
+    while True:
+        # The umask applies, as to any new file.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another writer may have taken it for abandoned before it was locked.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)
+
+
 def _free_bytes(target: Path) -> int | None:
     """Return what is free on the disk of a file; None where the file system does not tell."""
-    found = os.statvfs(target.parent)
+    try:
+        found = os.statvfs(target.parent)
+    except OSError:
+        return None
     return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+def _refused(target: Path, error: OSError, needed: int) -> InputError:
+    """Return the error of a disk that refuses."""
+    if error.errno in _DISK_FULL:
+        return _does_not_fit(target, str(needed), _free_bytes(target), error.errno or 0)
+    cure = _CURES.get(error.errno or 0, f"{error.strerror}; give another path")
+    return InputError(f"{target} cannot be written: {cure}.")
 
 
 def _does_not_fit(target: Path, needed: str, free: int | None, reason: int) -> InputError:
@@ -263,6 +347,18 @@ def _does_not_fit(target: Path, needed: str, free: int | None, reason: int) -> I
         f"{'too few' if free is None else free} are free ({os.strerror(reason)}). Free disk space "
         "or quota, or give a path on another disk."
     )
+
+
+def _sha256(descriptor: int | None) -> str:
+    if descriptor is None:
+        return ""
+    digest = hashlib.sha256()
+    buffer = bytearray(_HASHED_BYTES)
+    offset = 0
+    while count := os.preadv(descriptor, [buffer], offset):
+        digest.update(memoryview(buffer)[:count])
+        offset += count
+    return digest.hexdigest()
 
 
 def _bytes_of(spec: TensorSpec, data: Tensor | bytes | memoryview) -> memoryview:

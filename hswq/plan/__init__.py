@@ -2,7 +2,13 @@
 
 from hswq.plan.activations import static_input_scale
 from hswq.plan.curve import error_curve, thinned
-from hswq.plan.impact import Part, check_impact, measure_impact
+from hswq.plan.impact import (
+    Part,
+    check_impact,
+    complete_impact,
+    impact_options,
+    measure_impact,
+)
 from hswq.plan.make import keep_preset, make_plan, plan_options
 from hswq.plan.plan import CurvePoint, LayerPlan, Plan
 from hswq.plan.select import Candidate, select_layers
@@ -14,7 +20,9 @@ __all__ = [
     "Part",
     "Plan",
     "check_impact",
+    "complete_impact",
     "error_curve",
+    "impact_options",
     "keep_preset",
     "make_plan",
     "measure_impact",

@@ -17,6 +17,7 @@ from hswq.config import CalibrationConfig
 from hswq.errors import InputError
 from hswq.formats.containers import can_scale
 from hswq.formats.e4m3 import E4M3_MAX
+from hswq.models.offload import execution_device, parameter_of, replace_parameter
 from hswq.plan.replay import Replay
 from hswq.progress import Progress, no_progress
 from hswq.search import search_amax
@@ -75,6 +76,7 @@ def measure_impact(
     rounder: Rounder | None = None,
     progress: Progress = no_progress,
     save: Callable[[], None] | None = None,
+    share: Callable[[Sequence[tuple[str, ...]]], list[tuple[str, ...]]] | None = None,
 ) -> Impact:
     """Quantize each unit alone, replay the recorded calls, and keep the change of the output.
 
@@ -88,7 +90,9 @@ def measure_impact(
         config: scaled, container, conv, the search and the rounding are read.
         rounder: gives the units quantized; None rounds the module's own weights as the options say.
         progress: called with ('impact', runs done, runs in all).
-        save: called from time to time with the measurement so far in `calibration.impact`.
+        save: called after every run with the measurement so far in `calibration.impact`.
+        share: chooses some of the units that are yet to be measured. The measurement then stays
+            partial, and `complete_impact` ends it when all parts are together.
     Returns:
         The impact of every layer; that of a fused weight is divided among its layers by size.
     Raises:
@@ -101,7 +105,7 @@ def measure_impact(
             "module with record=4, or calibrate with --sensitivity impact."
         )
     config = config.settled(calibration.measured(codes=config.rounding != "nearest"))
-    device = next(module.parameters()).device
+    device = execution_device(module)
     layers = dict(module.named_modules())
     units = units_of(module, calibration)
     impact = calibration.impact
@@ -112,12 +116,16 @@ def measure_impact(
     if rounder is None:
         compensated = config.rounding == "compensated"
         rounder = (_Compensated if compensated else _Nearest)(layers, calibration, config)
-    sums = {unit: list(impact.partial.get(unit[0], ())) for unit in units}
-    total = len(units) * len(calibration.records)
+    calls = len(calibration.records)
+    mine = units
+    if share is not None:
+        mine = share([unit for unit in units if len(impact.partial.get(unit[0], ())) < calls])
+    sums = {unit: list(impact.partial.get(unit[0], ())) for unit in mine}
+    total = len(mine) * calls
     done = 0
     for number, call in enumerate(calibration.records):
-        missing = [unit for unit in units if len(sums[unit]) <= number]
-        done += len(units) - len(missing)
+        missing = [unit for unit in mine if len(sums[unit]) <= number]
+        done += len(mine) - len(missing)
         if not missing:
             continue
         replay = Replay(module, call, [name for unit in units for name in unit], device)
@@ -125,11 +133,36 @@ def measure_impact(
             sums[unit].append(_change(replay, unit, layers, rounder))
             impact.partial[unit[0]] = tuple(sums[unit])
             done += 1
-            progress("impact", done, total)
             if save is not None:
                 save()
-    _divide(impact, sums, {name: layers[name].weight.numel() for unit in units for name in unit})
+            progress("impact", done, total)
+    if share is None:
+        complete_impact(module, calibration)
     return impact
+
+
+def complete_impact(module: nn.Module, calibration: Calibration) -> None:
+    """End a measurement whose parts are all in `calibration.impact`.
+
+    Raises:
+        InputError: a unit was not measured in all calls.
+    """
+    impact, layers = calibration.impact, dict(module.named_modules())
+    units = units_of(module, calibration)
+    measured = {} if impact is None else impact.partial
+    calls = len(calibration.records)
+    missing = [unit[0] for unit in units if len(measured.get(unit[0], ())) != calls]
+    if impact is None or missing:
+        raise InputError(
+            f"{len(missing)} layers have no measured impact ({', '.join(missing[:10])}): measure "
+            "again."
+        )
+    sizes = {name: layers[name].weight.numel() for unit in units for name in unit}
+    for unit in units:
+        whole = sum(sizes[name] for name in unit)
+        for name in unit:
+            impact.values[name] = sizes[name] / whole * sum(measured[unit[0]]) / calls
+    impact.partial.clear()
 
 
 def impact_options(config: CalibrationConfig) -> dict[str, Any]:
@@ -167,17 +200,6 @@ def check_impact(calibration: Calibration, config: CalibrationConfig) -> None:
         )
 
 
-def _divide(
-    impact: Impact, sums: Mapping[tuple[str, ...], Sequence[float]], sizes: Mapping[str, int]
-) -> None:
-    for unit, changes in sums.items():
-        whole = sum(sizes[name] for name in unit)
-        for name in unit:
-            share = sizes[name] / whole
-            impact.values[name] = share * sum(changes) / len(changes)
-    impact.partial.clear()
-
-
 def _change(
     replay: Replay, unit: Sequence[str], layers: Mapping[str, Any], rounder: Rounder
 ) -> float:
@@ -194,15 +216,13 @@ def quantized(layers: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[None
     try:
         for part in parts:
             layer = layers[part.name]
-            before.append((layer.weight, layer.weight.data))
-            layer.weight.data = part.weight.to(layer.weight)
-            if part.bias is not None:
-                before.append((layer.bias, layer.bias.data))
-                layer.bias.data = part.bias.to(layer.bias)
+            for name, values in (("weight", part.weight), ("bias", part.bias)):
+                if values is not None:
+                    before.append((layer, name, replace_parameter(layer, name, values)))
         yield
     finally:
-        for parameter, data in before:
-            parameter.data = data
+        for layer, name, values in before:
+            replace_parameter(layer, name, values)
 
 
 class _Nearest:
@@ -217,7 +237,7 @@ class _Nearest:
         self._amax: dict[str, tuple[float, float]] = {}
 
     def __call__(self, unit: Sequence[str]) -> list[Part]:
-        weights = [self._layers[name].weight.detach() for name in unit]
+        weights = [parameter_of(self._layers[name], "weight") for name in unit]
         amax, scale = self._threshold(unit, weights)
         parts = []
         for name, weight in zip(unit, weights, strict=True):
@@ -263,7 +283,8 @@ class _Compensated(_Nearest):
     def __call__(self, unit: Sequence[str]) -> list[Part]:
         if any(name not in self._calibration.grams for name in unit):
             return super().__call__(unit)
-        amax, scale = self._threshold(unit, [self._layers[name].weight.detach() for name in unit])
+        weights = [parameter_of(self._layers[name], "weight") for name in unit]
+        amax, scale = self._threshold(unit, weights)
         parts = []
         for name in unit:
             if name not in self._rounded:
@@ -276,6 +297,8 @@ class _Compensated(_Nearest):
         layer, config = self._layers[name], self._config
         centred = config.bias_correction and layer.bias is not None
         factors = Factors(self._calibration.grams[name], centred, config.damping)
-        rounded = round_weight(layer.weight, factors, amax, scale, backend=config.backend)
-        bias = layer.bias.detach().cpu().double() + rounded.shift if centred else None
+        rounded = round_weight(
+            parameter_of(layer, "weight"), factors, amax, scale, backend=config.backend
+        )
+        bias = parameter_of(layer, "bias").cpu().double() + rounded.shift if centred else None
         return rounded.codes, scale, None if bias is None else bias.float()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor
 from hswq.calibration import Embeddings
 from hswq.models.sampler import Sampler
 from hswq.progress import Progress, no_progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +57,8 @@ def paint(
         steps: sampler steps.
         guidance: guidance scale.
         pixels: edge of the images.
-        batch: images painted together, fewer where their prompts are of different lengths.
+        batch: images painted together, fewer where their prompts are of different lengths or a GPU
+            has too little memory.
         phase: name of the phase for `progress`.
         progress: called with (phase, images done, images in all).
     """
@@ -66,12 +71,9 @@ def paint(
         last.update(tensors)
         return tensors
 
-    pipeline.set_progress_bar_config(disable=True)
-    pairs = [(prompt, seed) for prompt in range(count) for seed in seeds]
-    done = 0
-    for some in _batches(pairs, embeddings, batch):
+    def call(some: list[tuple[int, int]]) -> Tensor:
         samples = [embeddings.sample(prompt, device, dtype) for prompt, _ in some]
-        painted = pipeline(
+        painted: Tensor = pipeline(
             **_joined([sampler.arguments(sample, guidance) for sample in samples]),
             **sampler.guided(guidance),
             num_inference_steps=steps,
@@ -82,6 +84,24 @@ def paint(
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=["latents"],
         ).images
+        return painted
+
+    pipeline.set_progress_bar_config(disable=True)
+    pairs = [(prompt, seed) for prompt in range(count) for seed in seeds]
+    done = 0
+    batches = deque(_batches(pairs, embeddings, batch))
+    while batches:
+        some = batches.popleft()
+        try:
+            painted = call(some)
+        except torch.OutOfMemoryError:
+            if len(some) == 1:
+                raise
+            logger.warning("%d images are too many for the GPU: they are halved", len(some))
+            torch.cuda.empty_cache()
+            half = len(some) // 2
+            batches.extendleft((some[half:], some[:half]))
+            continue
         latents.append(last["latents"].float().cpu())
         images.append(painted.float().cpu())
         done += len(some)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from hswq.calibration import Calibration, Embeddings, run_calibration
+from hswq.calibration import Calibration, Embeddings, SamplingRun, check_calibration
 from hswq.config import CalibrationConfig
 from hswq.errors import InputError
 from hswq.models.families import FAMILIES
@@ -68,6 +68,13 @@ def make_embeddings(count=4, width=WIDTH, pooled=POOLED):
 
 def make_config(**options):
     return CalibrationConfig(**{"samples": 2, "steps": STEPS, "latent": 8, **options})
+
+
+def run_calibration(pipeline, sampler, config, conditioning, *, samples=None, **options):
+    run = SamplingRun(pipeline, sampler, config, conditioning, samples)
+    calibration = run.observe(run.indices, **options)
+    check_calibration(calibration, run.dtype)
+    return calibration
 
 
 def file_bytes(calibration, folder):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -173,6 +176,7 @@ def test_plan_predicts_the_size_and_writes_nothing(
     report = hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "out.safetensors", config)
     assert plan == report.plan
     assert plan.predicted_bytes == report.output_bytes
+    assert report.sha256 == hashlib.sha256(Path(report.output).read_bytes()).hexdigest()
 
 
 def test_unscaled_comfy_file_loads_through_diffusers(tiny: Tiny, tmp_path: Path) -> None:
@@ -298,3 +302,12 @@ def test_target_size_is_met_and_used(tiny: Tiny, tmp_path: Path) -> None:
         assert size - report.output_bytes < 60_000 + min(free)
     with pytest.raises(hswq.errors.PlanError, match="cannot be met"):
         hswq.quantize_checkpoint(tiny.checkpoint, output, tiny.config(target_size="100KB"))
+
+
+def test_peak_memory_is_this_process_alone() -> None:
+    """A small job that a large program starts would else report the large program's memory."""
+    ballast = bytearray(600 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from hswq.driver.report import peak_memory_bytes; print(peak_memory_bytes())"
+    found = int(subprocess.check_output([sys.executable, "-c", code]))
+    assert len(ballast) > found > 10 << 20

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import hswq
 from hswq.errors import FormatError, HswqError, InputError, PlanError
-from tests.tiny import Tiny
+from tests.tiny import Tiny, tiny_calibration_config
 
 OLD = b"the file that was there before"
 
@@ -127,7 +127,7 @@ def test_keys_that_do_not_map(tiny: Tiny, tmp_path: Path, output: Path) -> None:
     source = tmp_path / "extra.safetensors"
     save_file(tensors, source)
     with pytest.raises(InputError, match=r"adapter\.weight"):
-        hswq.calibrate_checkpoint(source, hswq.CalibrationConfig(pipeline=str(tiny.pipeline)))
+        hswq.calibrate_checkpoint(source, tiny_calibration_config(tiny.pipeline))
     refuse(source, output, tiny.config(), InputError, r"adapter\.weight")
 
 

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hswq.errors import FormatError, InputError
-from hswq.formats.header import MAX_HEADER_BYTES
+from hswq.formats.header import MAX_ENTRIES, MAX_HEADER_BYTES
 from hswq.formats.reader import Checkpoint
 from tests.formats.files import entry, pack, write
+from tests.formats.fuzz_header import fuzz
 
 
 def open_bytes(tmp_path: Path, data: bytes) -> None:
@@ -68,10 +69,24 @@ def test_hostile_header_is_refused(tmp_path, header):
         ((2**64 - 1).to_bytes(8, "little") + b"{" * 100, "declare a header"),
         (pack(b" {}"), "starts with"),
         (pack(b"{'a': 1}"), "not valid JSON"),
-        (pack(b'{"a": NaN}'), "NaN is not JSON"),
+        (pack(b'{"a": NaN}'), "no flat JSON object"),
+        (pack(b'{"a": {"dtype": NaN}}'), "NaN is not JSON"),
         (pack(b'{"\xff": 1}'), "not valid JSON"),
-        (pack(b'{"a": ' + b"9" * 5000 + b"}"), "not valid JSON"),
-        (pack(b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "nested too deeply"),
+        (pack(b'{"a": ' + b"9" * 5000 + b"}"), "no flat JSON object"),
+        (
+            pack(b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+            "no flat JSON object",
+        ),
+        (pack(b'{"a": {"shape":' + b"[" * 2000 + b"]" * 2000 + b"}}"), "nested too deeply"),
+        (
+            pack(b'{"a": {"shape":[' + b"1," * 3000 + b"1]}}"),
+            "no flat JSON object",
+        ),
+        (pack(b'{"__metadata__": {"a": "b\\"}}'), "has no end"),
+        (pack(b'{"__metadata__": {"a": "b\\\\"} "c"'), "',' is needed"),
+        (pack(b'{"__metadata__": {"a": "b"}} {'), "more behind its end"),
+        (pack(b'{"__metadata__": {"a" "b"}}'), "':' is needed"),
+        (pack(b'{"__metadata__": {"a": "b",}}'), "is needed"),
         (
             pack(
                 b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
@@ -191,3 +206,32 @@ def test_zero_sized_tensors_between_others_open(tmp_path):
         "ztsnr": entry("F32", [0], 8, 8),
     }
     open_bytes(tmp_path, pack(header, bytes(8)))
+
+
+def test_no_more_tensors_than_any_model_has(tmp_path):
+    """Millions of empty tensors cost gigabytes and minutes, and hold nothing."""
+    empty = json.dumps(entry("U8", [0], 0, 0)).encode()
+    tensors = b",".join(b'"%d":%s' % (number, empty) for number in range(MAX_ENTRIES + 1))
+    with pytest.raises(FormatError, match=f"more than {MAX_ENTRIES} entries"):
+        open_bytes(tmp_path, pack(b"{" + tensors + b"}"))
+
+
+def test_texts_with_escapes_are_read_as_json_reads_them(tmp_path):
+    """Training tools keep whole JSON texts with escaped quotes in the metadata."""
+    nested = json.dumps({"tags": {'say "no"': 1, "back\\slash\\": 2, "\n\u00e9\U0001f600": 3}})
+    names = ['"', "\\", '\\"', "\u00e9\n", "}{", "a.b/../c"]
+    header = {"__metadata__": {"ss_tags": nested, "": "", '\\"': '"\\'}}
+    header |= {name: entry("U8", [0], 0, 0) for name in names}
+    for ascii_only in (True, False):
+        text = json.dumps(header, ensure_ascii=ascii_only, indent=2).encode()
+        with Checkpoint.open(write(tmp_path / "file.safetensors", pack(text))) as checkpoint:
+            assert checkpoint.metadata == header["__metadata__"]
+            assert list(checkpoint.tensors) == names
+
+
+def test_fuzzed_files():
+    """What a hostile file can do is refuse to load; the script runs a million of them."""
+    found = fuzz(2000, seed=1)
+    assert found["accepted"] > 20
+    assert found["refused"] > 1000
+    assert found["slowest_ms"] < 1000

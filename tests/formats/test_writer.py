@@ -20,7 +20,7 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPE_NAMES, DTYPES
 from hswq.formats.header import MAX_HEADER_BYTES
 from hswq.formats.reader import Checkpoint
-from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.formats.writer import CheckpointWriter, TensorSpec, place_copy
 from tests.formats.files import random_tensor, raw_bytes
 
 
@@ -403,3 +403,52 @@ def test_limit_of_the_file_size_is_told(tmp_path):
     assert "does not fit on the disk" in result.stdout
     assert "File too large" in result.stdout
     assert os.listdir(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from hswq.formats.writer import CheckpointWriter, TensorSpec
+writer = CheckpointWriter(sys.argv[1], [TensorSpec("w", "U8", (1 << 20,))], 0)
+writer.__enter__()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_remains_of_a_killed_writer_are_removed(tmp_path, two):
+    """Every SIGKILL would else cost the size of an output for ever."""
+    path = tmp_path / "x"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert len(list(tmp_path.glob(".hswq-*.partial"))) == 1
+    foreign = tmp_path / ".hswq-00000000-0123456789abcdef.partial"
+    foreign.write_bytes(b"of another machine")
+    with CheckpointWriter(path, specs_of(two), 0) as writer:
+        beside = [it for it in tmp_path.glob(".hswq-*.partial") if it != foreign]
+        assert len(beside) == 1
+        # Another writer in the folder leaves the first one's file alone.
+        write_file(tmp_path / "y", two)
+        assert beside[0].exists()
+        for name, tensor in two.items():
+            writer.write(name, tensor)
+        writer.commit({})
+    assert sorted(os.listdir(tmp_path)) == [foreign.name, "x", "y"]
+
+
+def test_copy_under_a_second_name(tmp_path, monkeypatch):
+    """Codes of a work folder take their final name where disks know no links, too."""
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"whole")
+    target.write_bytes(b"old")
+    place_copy(source, target)
+    assert target.read_bytes() == b"whole"
+    target.unlink()
+
+    def refuse(*_args):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    place_copy(source, target)
+    assert target.read_bytes() == b"whole"
+    with pytest.raises(InputError, match="its folder does not exist"):
+        place_copy(source, tmp_path / "no" / "b")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
