@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -161,19 +163,49 @@ def test_failed_run_without_parts_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["s.hswq-work"]
 
 
-def arguments(tiny: Tiny, output: Path, samples: int) -> list[str]:
-    sampling = ["--samples", str(samples), "--steps", "2", "--latent", "8", "--preset", "seed"]
+def arguments(tiny: Tiny, output: Path, samples: int, *options: str) -> list[str]:
+    sampling = ["--samples", str(samples), "--steps", "2", "--latent", "8", "--quiet"]
     paths = ["--input", str(tiny.checkpoint), "--pipeline", str(tiny.pipeline)]
-    return ["calibrate", *paths, "--output", str(output), *sampling, "--quiet"]
+    return ["calibrate", *paths, "--output", str(output), *sampling, *options]
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hswq.fast", *command],
+@contextmanager
+def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a process of the command line; it does not outlive the test.
+
+    It has one thread, as torchrun gives it: several of more threads than cores wait for each other
+    at every operation.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def started_ranks(commands: list[list[str]], port: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start one process a command, which find each other without torchrun."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                started(
+                    ["hswq.fast", *command],
+                    **address,
+                    WORLD_SIZE=str(len(commands)),
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                )
+            )
+            for rank, command in enumerate(commands)
+        ]
 
 
 def wait_for(paths: Path, pattern: str, process: subprocess.Popen[str]) -> None:
@@ -189,57 +221,56 @@ def wait_for(paths: Path, pattern: str, process: subprocess.Popen[str]) -> None:
 def test_signal_stops_where_it_is_safe(tiny: Tiny, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C in a run of hours: exit code 130, how to go on, and nothing half written."""
     path = tmp_path / "s.safetensors"
-    process = start(arguments(tiny, path, 200))
-    wait_for(tmp_path, "s.hswq-work/sample-00001*", process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    command = arguments(tiny, path, 200, "--preset", "seed")
+    with started(["hswq.fast", *command]) as process:
+        wait_for(tmp_path, "s.hswq-work/sample-00001*", process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "stopping at the next safe point" in errors
     assert f"kept in {tmp_path / 's.hswq-work'}; the same command goes on" in errors
     assert not path.exists()
 
 
+@pytest.fixture(scope="module")
+def one_process(tiny: Tiny, tmp_path_factory) -> dict[str, bytes]:
+    """Statistics and codes of a run in a process of its own, by name."""
+    folder = tmp_path_factory.mktemp("one")
+    command = arguments(tiny, folder / "s.safetensors", 3, "--preset", "best", "--calls", "2")
+    with started(["hswq.fast", *command]) as process:
+        assert process.communicate() == (None, "")
+    return files_of(folder)
+
+
 @pytest.mark.slow
-def test_processes_give_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_give_the_same_bytes(
+    tiny: Tiny, one_process: dict[str, bytes], tmp_path: Path, count: int
+) -> None:
     """Statistics of four GPUs must be those of one, and the files made from them too."""
-    best = ["--preset", "best", "--calls", "2"]
-    expected = tmp_path / "1.safetensors"
-    command = arguments(tiny, expected, 3)
-    command[command.index("--preset") :] = [*best, "--quiet"]
-    alone = start(command, OMP_NUM_THREADS="1")
-    assert alone.communicate() == (None, "")
-    for count in (2, 4):
-        path = tmp_path / f"{count}.safetensors"
-        command[command.index("--output") + 1] = str(path)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        subprocess.run(
-            [sys.executable, *launcher, "-m", "hswq.fast", *command],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert path.read_bytes() == expected.read_bytes()
-        codes = [name.with_suffix(".codes.safetensors") for name in (path, expected)]
-        assert codes[0].read_bytes() == codes[1].read_bytes()
-        assert not list(tmp_path.glob("*work*"))
+    command = arguments(tiny, tmp_path / "s.safetensors", 3, "--preset", "best", "--calls", "2")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    with started([*launcher, "-m", "hswq.fast", *command]) as process:
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert files_of(tmp_path) == one_process
 
 
 @pytest.mark.slow
 def test_machines_without_a_shared_disk(
-    tiny: Tiny, whole: dict[str, bytes], tmp_path: Path
+    tiny: Tiny, one_process: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Parts of the other machine come over the network; only the first one writes the output."""
     folders = [tmp_path / "first", tmp_path / "second"]
-    ranks = []
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29573"}
-    for rank, folder in enumerate(folders):
+    for folder in folders:
         folder.mkdir()
-        command = arguments(tiny, folder / "s.safetensors", 2)
-        command[command.index("--preset") :] = ["--preset", "best", "--calls", "2", "--quiet"]
-        ranks.append(start(command, **address, RANK=str(rank), LOCAL_RANK="0"))
-    for process in ranks:
-        assert process.communicate(timeout=600) == (None, "")
-        assert process.returncode == 0
-    assert files_of(folders[0]) == whole
+    options = ["--preset", "best", "--calls", "2"]
+    commands = [arguments(tiny, folder / "s.safetensors", 3, *options) for folder in folders]
+    with started_ranks(commands, 29573) as ranks:
+        for process in ranks:
+            assert process.communicate(timeout=600) == (None, "")
+            assert process.returncode == 0
+    assert files_of(folders[0]) == one_process
     assert files_of(folders[1]) == {}
 
 
@@ -247,19 +278,14 @@ def test_machines_without_a_shared_disk(
 def test_lost_process_is_named_and_parts_are_kept(tiny: Tiny, tmp_path: Path) -> None:
     """Of eight processes on two machines one must know which one to look after."""
     path = tmp_path / "s.safetensors"
-    command = arguments(tiny, path, 24)
-    address = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
-    ranks = [
-        start(command, **address, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-        for rank in range(3)
-    ]
-    wait_for(tmp_path, "s.hswq-work/sample-*", ranks[1])
-    ranks[1].kill()
-    for rank in (0, 2):
-        _, errors = ranks[rank].communicate(timeout=300)
-        assert ranks[rank].returncode == 1
-        assert "RankError: rank 1 of 3 ended before the others" in errors
-    ranks[1].communicate()
+    command = arguments(tiny, path, 24, "--preset", "seed")
+    with started_ranks([command] * 3, 29571) as ranks:
+        wait_for(tmp_path, "s.hswq-work/sample-*", ranks[1])
+        ranks[1].kill()
+        for rank in (0, 2):
+            _, errors = ranks[rank].communicate(timeout=300)
+            assert ranks[rank].returncode == 1
+            assert "RankError: rank 1 of 3 ended before the others" in errors
     kept = len(list(tmp_path.glob("s.hswq-work/sample-*")))
     assert 16 <= kept < 24
     assert not path.exists()
