@@ -88,7 +88,7 @@ def extensions() -> list[Extension]:
             depends=["setup.py", *sorted(glob("csrc/*.h")), *sorted(glob("csrc/*.inl"))],
             define_macros=[("HSWQ_X86", "1")] if IS_X86 else [],
             extra_compile_args=flags,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
             language="c++",
         )
     ]

@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -76,13 +77,18 @@ class Pool {
 };
 
 std::atomic<Pool*> current_pool{nullptr};
+std::atomic<bool> is_forked{false};
 
-Pool& CurrentPool() {
+// A forked process has none of its parent's threads, and perhaps their locks.
+void WatchForks() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    // A forked process has none of its parent's threads, and perhaps their locks.
     current_pool = nullptr;
+    is_forked = true;
   });
   (void)registered;
+}
+
+Pool& CurrentPool() {
   Pool* pool = current_pool;
   if (pool == nullptr) {
     Pool* fresh = new Pool;
@@ -92,11 +98,42 @@ Pool& CurrentPool() {
   return *pool;
 }
 
+// What a compiler calls for `#pragma omp parallel`: runs function(data) on a team of threads, the
+// caller among them, and waits for all.
+using OpenMpParallel = void (*)(void (*function)(void*), void* data, unsigned threads,
+                                unsigned flags);
+
+// Returns the OpenMP of this process, or null where it has none. torch brings one.
+OpenMpParallel FindOpenMp() {
+  static const auto parallel =
+      reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return is_forked ? nullptr : parallel;
+}
+
+struct Team {
+  void (*function)(void* context, size_t worker);
+  void* context;
+  std::atomic<size_t> next_worker{0};
+};
+
 }  // namespace
 
 void RunOnWorkers(size_t workers, void (*function)(void* context, size_t worker), void* context) {
   if (workers == 1) {
     function(context, 0);
+    return;
+  }
+  WatchForks();
+  // OpenMP's threads stay awake for some milliseconds after each use. Threads of our own would have
+  // to take the cores from them, in the midst of torch's work and before it.
+  if (const OpenMpParallel parallel = FindOpenMp()) {
+    Team team{function, context};
+    parallel(
+        [](void* data) {
+          auto* const its = static_cast<Team*>(data);
+          its->function(its->context, its->next_worker++);
+        },
+        &team, static_cast<unsigned>(workers), 0);
   } else {
     CurrentPool().Run(workers, function, context);
   }

@@ -31,13 +31,15 @@ inline size_t WorkerCount(size_t blocks, size_t threads) {
   return std::max<size_t>(1, std::min(blocks, threads));
 }
 
-// Calls function(context, worker) for worker 0 on this thread and for others below `workers` on
-// threads that are kept for the next call. Where those are busy or cannot be had, fewer or none
-// run: the one on this thread has to finish the work alone. function must not throw.
+// Calls function(context, worker) on this thread and on up to `workers` - 1 others, each with a
+// worker of its own below `workers`: on the threads of the process's OpenMP where it has one, which
+// are torch's, else on threads that are kept for the next call. Where those are busy or cannot be
+// had, fewer or none run: the call on this thread has to finish the work alone. function must not
+// throw.
 void RunOnWorkers(size_t workers, void (*function)(void* context, size_t worker), void* context);
 
 // Calls body(block, worker) once for every block below `blocks`, worker < WorkerCount(blocks,
-// threads). The calling thread is worker 0. body must not throw.
+// threads). body must not throw.
 template <typename Body>
 void ParallelFor(size_t blocks, size_t threads, const Body& body) {
   std::atomic<size_t> next{0};

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from hswq.kernels.reference import activate, quantize_rows
 # is larger, since weights are decoded anew for each.
 _TILE = 1 << 21
 _ACTIVATIONS_TILE = 1 << 23
+# The same of bfloat16 weights: fewer decoded weights lie in the cache as they are multiplied, more
+# make larger products.
+_BFLOAT16_TILE = 1 << 20
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 # Bytes from which on a result is worth a system call.
 _HUGE_FROM = 4 << 20
@@ -250,7 +254,10 @@ def scaled_matmul(
     rows = x.reshape(-1, x.shape[-1])
     inputs, outputs = rows.shape[1], len(codes)
     result = _empty((len(rows), outputs), x.dtype)
-    tile = _tile_rows(outputs, inputs)
+    if _fits_bfloat16_units(x, scale, bias, compute, activation):
+        _bfloat16_matmul(rows, codes, float(scale), bias, result)
+        return result.reshape(*x.shape[:-1], outputs)
+    tile = _tile_rows(outputs, inputs, _TILE)
     height = min(len(rows), max(1, _ACTIVATIONS_TILE // max(inputs, tile)))
     # One buffer each: fresh pages would cost as much as the decoding.
     weights = _empty((tile, inputs), torch.float32)
@@ -258,7 +265,7 @@ def scaled_matmul(
     for part in _slices(len(rows), height):
         values, input_scales = _inputs(rows[part], input_scale, compute)
         for some in _slices(outputs, tile):
-            weight = _decode(codes[some], weights)
+            weight = _decode(codes[some], weights[: some.stop - some.start])
             product = products[: len(values) * len(weight)].view(len(values), len(weight))
             torch.mm(values, weight.mT, out=product)
             _finish(product, input_scales, scale, bias, some)
@@ -281,7 +288,7 @@ def scaled_conv2d(
 ) -> Tensor:
     by_group = codes.reshape(groups, -1, *codes.shape[1:])
     channels, outputs = x.shape[1] // groups, by_group.shape[1]
-    tile = _tile_rows(outputs, by_group[0, 0].numel())
+    tile = _tile_rows(outputs, by_group[0, 0].numel(), _TILE)
     weights = _empty((tile, *codes.shape[1:]), torch.float32)
     images = []
     for image in x:
@@ -290,7 +297,7 @@ def scaled_conv2d(
         by_channels = torch.split(values.reshape(1, *image.shape), channels, dim=1)
         for group, group_values in enumerate(by_channels):
             for some in _slices(outputs, tile):
-                weight = _decode(by_group[group, some], weights)
+                weight = _decode(by_group[group, some], weights[: some.stop - some.start])
                 product = functional.conv2d(group_values, weight, None, stride, padding, dilation)
                 first = group * outputs + some.start
                 channels_last = product.movedim(1, -1)
@@ -300,22 +307,63 @@ def scaled_conv2d(
     return torch.cat(images)
 
 
-def _tile_rows(rows: int, row_size: int) -> int:
-    """Return how many rows of a weight are decoded at a time."""
-    some = max(1, _TILE // row_size)
+def _fits_bfloat16_units(
+    x: Tensor, scale: Tensor, bias: Tensor | None, compute: str, activation: str | None
+) -> bool:
+    """Tell whether one product of bfloat16 matrices gives the result, rounded once."""
+    return (
+        compute == "bf16"
+        and x.dtype == torch.bfloat16
+        and scale.dim() == 0
+        and (bias is None or bias.dtype == torch.bfloat16)
+        and activation is None
+        and _has_bfloat16_units()
+    )
+
+
+@lru_cache
+def _has_bfloat16_units() -> bool:
+    """Tell whether this CPU multiplies bfloat16 faster than float32; old torch does not know."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    units = torch.cpu.get_capabilities()
+    return bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+
+
+def _bfloat16_matmul(
+    rows: Tensor, codes: Tensor, scale: float, bias: Tensor | None, result: Tensor
+) -> None:
+    """Write rows [M, K] times codes [O, K], scaled, to result [M, O].
+
+    Codepoints are bfloat16 numbers. Sums, scale and bias are float32 inside the product.
+    """
+    inputs, outputs = rows.shape[1], len(codes)
+    tile = _tile_rows(outputs, inputs, _BFLOAT16_TILE)
+    weights = _empty((tile, inputs), torch.bfloat16)
+    for some in _slices(outputs, tile):
+        weight = _decode(codes[some], weights[: some.stop - some.start])
+        part = result[:, some]
+        if bias is None:
+            torch.addmm(part, rows, weight.mT, beta=0, alpha=scale, out=part)
+        else:
+            torch.addmm(bias[some], rows, weight.mT, alpha=scale, out=part)
+
+
+def _tile_rows(rows: int, row_size: int, tile: int) -> int:
+    """Return how many rows of a weight are decoded at a time: about `tile` elements."""
+    some = max(1, tile // row_size)
     # MKL loses up to a third of its speed on widths that are no multiple of its own blocks.
     return min(rows, some - some % 64 if some > 64 else some)
 
 
-def _decode(codes: Tensor, buffer: Tensor) -> Tensor:
-    """Return the float32 values of codes in the first rows of a buffer."""
-    values = buffer[: len(codes)]
+def _decode(codes: Tensor, values: Tensor) -> Tensor:
+    """Write the values of codes to a tensor of their shape, and return it."""
     _cpp.dequantize_e4m3(
         codes.data_ptr(),
         1,
         codes.numel(),
         _ONE.data_ptr(),
-        _cpp.DType.float32,
+        _dtype(values.dtype),
         _threads(),
         values.data_ptr(),
     )
