@@ -11,7 +11,7 @@ small latent:
     python -m benchmarks.make_checkpoint big.safetensors --unet-only
     python -m benchmarks.make_embeddings --output embeddings.safetensors
     python -m hswq.fast calibrate --input big.safetensors --output stats.safetensors \
-        --embeddings embeddings.safetensors --latent 16 --samples 1 --steps 2
+        --embeddings embeddings.safetensors --latent 16 --samples 1 --steps 2 --preset seed
     python -m benchmarks.quantize --input big.safetensors --stats stats.safetensors
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine_name() -> str:
-    """Return a short name of this machine: processor model and core count."""
-    model = platform.processor() or platform.machine()
+    """Return a short name of this machine: processor, its family and model, core count.
+
+    Virtual machines give processors of several generations one name.
+    """
+    known = {"model name": platform.processor() or platform.machine()}
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return f"{model} x{os.cpu_count()}".lower().replace(" ", "-").replace("(", "").replace(")", "")
+        # The first processor's lines.
+        for line in info.read_text().partition("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            known[key.strip()] = value.strip()
+    words = [known["model name"]]
+    if "cpu family" in known:
+        words.append(f"family {known['cpu family']} model {known['model']}")
+    return re.sub(r"[^a-z0-9]+", "-", " ".join([*words, f"x{os.cpu_count()}"]).lower())
 
 
 def commit_name() -> str:

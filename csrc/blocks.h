@@ -38,7 +38,7 @@ inline size_t ElementSize(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 // Threads worth having for so many blocks of quick work: one that sleeps needs as long as several
 // blocks take to wake up.
 inline size_t ThreadsFor(size_t blocks, size_t threads) {
-  constexpr size_t kLeastBlocks = 8;
+  constexpr size_t kLeastBlocks = 4;
   return std::min(threads, std::max<size_t>(1, blocks / kLeastBlocks));
 }
 

@@ -67,7 +67,7 @@ inline void WithFormat(DType dtype, const Function& function) {
 // and pages are small where the caller's allocator made them.
 inline void Prefetch(const void* address) { __builtin_prefetch(address); }
 inline void PrefetchAhead(const void* address) {
-  Prefetch(static_cast<const char*>(address) + 1024);
+  Prefetch(static_cast<const char*>(address) + 4096);
 }
 
 inline float Magnitude(float value) { return FloatOf(BitsOf(value) & 0x7fffffff); }
