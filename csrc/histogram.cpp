@@ -94,18 +94,32 @@ float Largest(const std::vector<float>& magnitudes) {
                 : std::numeric_limits<float>::quiet_NaN();
 }
 
-// Adds the sums by magnitude in the workers' tables to bins, and clears the tables.
-void BinMagnitudes(DType dtype, const uint16_t* magnitudes, int64_t* tables, size_t workers,
-                   float width, std::vector<int64_t>* sums) {
+// Returns how many magnitudes there are up to one of them, or all where it is not finite.
+size_t MagnitudesUpTo(DType dtype, float largest) {
+  const uint16_t* const all = AllMagnitudes();
+  if (!std::isfinite(largest)) return kHalfMagnitudes;
+  const auto exceeds = [dtype](float limit, const uint16_t& magnitude) {
+    return limit < ActiveKernels().max_abs(dtype, &magnitude, 1, 1, 1);
+  };
+  // NaN, at the end, exceed all: a comparison with them is false.
+  const uint16_t* const finite_end = std::lower_bound(
+      all, all + kHalfMagnitudes, 0, [dtype](const uint16_t& magnitude, int) {
+        return std::isfinite(ActiveKernels().max_abs(dtype, &magnitude, 1, 1, 1));
+      });
+  return static_cast<size_t>(std::upper_bound(all, finite_end, largest, exceeds) - all);
+}
+
+// Adds the sums by magnitude in the workers' tables to bins, and clears the tables. Only the first
+// `used` values of a table differ from 0.
+void BinMagnitudes(DType dtype, int64_t* tables, size_t workers, size_t used, float width,
+                   std::vector<int64_t>* sums) {
   for (size_t worker = 1; worker < workers; ++worker) {
     int64_t* const table = tables + worker * kHalfMagnitudes;
-    AddTo(tables, table, kHalfMagnitudes);
-    std::fill_n(table, kHalfMagnitudes, int64_t{0});
+    AddTo(tables, table, used);
+    std::fill_n(table, used, int64_t{0});
   }
-  size_t used = kHalfMagnitudes;
-  while (used > 0 && tables[used - 1] == 0) --used;
   // Every magnitude once, weighed by what was summed for it.
-  ActiveKernels().bin_histogram(dtype, magnitudes, 1, used, used, tables, width, sums->size(),
+  ActiveKernels().bin_histogram(dtype, AllMagnitudes(), 1, used, used, tables, width, sums->size(),
                                 sums->data());
   std::fill_n(tables, used, int64_t{0});
 }
@@ -128,7 +142,8 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
   std::vector<int64_t> importances(workers * tiles.columns());
   std::vector<int64_t> sums(bins);
   std::vector<float> maxima(tiles.count());
-  const uint16_t* const magnitudes = AllMagnitudes();
+  // Made by the first caller, who must not meet a failure later.
+  AllMagnitudes();
   std::vector<int64_t> own_tables;
   std::vector<int64_t>& tables = is_half && workers <= kKeptTables ? KeptTables() : own_tables;
   if (tables.size() < workers * table_size) tables.resize(workers * table_size);
@@ -151,7 +166,7 @@ float WeightedHistogram(const HistogramWeights& weights, size_t bins, size_t thr
   const auto width = static_cast<float>(static_cast<double>(max_abs) / static_cast<double>(bins));
 
   if (is_half) {
-    BinMagnitudes(dtype, magnitudes, tables.data(), workers, width, &sums);
+    BinMagnitudes(dtype, tables.data(), workers, MagnitudesUpTo(dtype, max_abs), width, &sums);
   } else if (std::isfinite(max_abs)) {
     ParallelFor(tiles.count(), threads, [&](size_t tile, size_t worker) {
       int64_t* const table = &tables[worker * table_size];

@@ -263,10 +263,11 @@ def tree_sum(values: Tensor) -> Tensor:
     is left.
     """
     size = 1 << (values.shape[-1] - 1).bit_length()
-    values = functional.pad(values, (0, size - values.shape[-1]))
+    if size > values.shape[-1]:
+        values = functional.pad(values, (0, size - values.shape[-1]))
     while size > 1:
         size //= 2
-        values = values[..., :size] + values[..., size:]
+        values = values.narrow(-1, 0, size) + values.narrow(-1, size, size)
     return values[..., 0]
 
 
