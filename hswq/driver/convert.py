@@ -18,7 +18,7 @@ from hswq import kernels
 from hswq.config import CONTAINERS, CalibrationConfig
 from hswq.driver.paths import check_outputs
 from hswq.driver.stream import Piece, Stream
-from hswq.driver.verify import check_header
+from hswq.driver.verify import check_copy, check_header, check_tensor, chosen
 from hswq.errors import InputError
 from hswq.formats.containers import (
     FORMAT_VERSION,
@@ -69,6 +69,7 @@ class ConvertReport:
             what was written against code value * scale of the source; None where they are equal.
         source_bytes: size read.
         output_bytes: size written.
+        sha256: of the output, as 64 hexadecimal digits.
     """
 
     source: str
@@ -77,6 +78,7 @@ class ConvertReport:
     layers: int
     source_bytes: int
     output_bytes: int
+    sha256: str
     requantized: dict[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def convert_checkpoint(
             for key, layer in layers.items()
             if layer.target is None and not layer.codes_stay
         }
-        size = _write(
+        size, sha256 = _write(
             checkpoint,
             target,
             [*_specs(checkpoint, floats), *extra_specs(container, targets, prefix)],
@@ -167,7 +169,9 @@ def convert_checkpoint(
             progress,
         )
         source_bytes = sum(path.stat().st_size for path in checkpoint.files)
-    return ConvertReport(str(src), str(target), container, len(layers), source_bytes, size, errors)
+    return ConvertReport(
+        *(str(src), str(target), container, len(layers), source_bytes, size, sha256, errors)
+    )
 
 
 def dequantize_checkpoint(
@@ -219,7 +223,7 @@ def dequantize_checkpoint(
             for info in checkpoint.tensors.values()
             if info.dtype == "F8_E4M3" and info.name not in extra
         ]
-        size = _write(
+        size, sha256 = _write(
             checkpoint,
             target,
             _specs(checkpoint, dict.fromkeys(changed, DTYPES[dtype])),
@@ -229,7 +233,7 @@ def dequantize_checkpoint(
             progress,
         )
         source_bytes = sum(path.stat().st_size for path in checkpoint.files)
-    return ConvertReport(str(src), str(target), "none", len(weights), source_bytes, size)
+    return ConvertReport(*(str(src), str(target), "none", len(weights), source_bytes, size, sha256))
 
 
 def _fp8_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
@@ -345,11 +349,15 @@ def _write(
     extra: Mapping[str, Tensor],
     changed: Mapping[str, Callable[[str], dict[str, Tensor]]],
     progress: Progress,
-) -> int:
+) -> tuple[int, str]:
     """Write a file: copied tensors, given ones, and those that are made anew one by one.
 
+    It is read back before it takes its name, as `verify_output` does with `--verify spot`.
+
     Returns:
-        Its size in bytes.
+        Its size in bytes, and its SHA-256.
+    Raises:
+        FormatError: what was read back differs.
     """
     names = {spec.name for spec in specs} - container_keys(checkpoint)
     infos = sorted(checkpoint.tensors.values(), key=lambda info: (str(info.path), info.begin))
@@ -379,6 +387,13 @@ def _write(
         def verify(path: Path) -> None:
             with Checkpoint.open(path) as written:
                 check_header(written, specs, metadata)
+                for name in chosen([info.name for info in copied]):
+                    check_copy(written, checkpoint, name)
+                expected = dict(extra)
+                for name in chosen([info.name for info in remade]):
+                    expected |= changed[name](name)
+                for name, tensor in expected.items():
+                    check_tensor(written, name, tensor)
 
-        writer.commit(metadata, verify)
-        return writer.file_bytes
+        sha256 = writer.commit(metadata, verify, digest=True)
+        return writer.file_bytes, sha256

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hswq.driver.job import Job
 from hswq.errors import FormatError
@@ -34,17 +35,12 @@ def verify_output(job: Job, path: Path, plan: Plan, results: dict[str, AmaxResul
         check_header(written, job.specs, job.metadata(plan))
         biases = job.biases()
         copied = [name for name in checkpoint.tensors if name not in {*results, *biases}]
-        for key in _chosen(list(results), job.config.verify):
-            codes = job.encode(key, checkpoint.read(key), results[key])
-            if not torch.equal(written.read(key).view(torch.uint8), codes):
-                raise _damaged(f"the codes of {key!r} differ from the source's")
+        for key in chosen(list(results), job.config.verify):
+            check_tensor(written, key, job.encode(key, checkpoint.read(key), results[key]))
         for key, bias in biases.items():
-            if not torch.equal(written.read(key), bias):
-                raise _damaged(f"the corrected bias {key!r} differs")
-        for key in _chosen(copied, job.config.verify):
-            length = checkpoint.tensors[key].nbytes
-            if written.read_bytes(key, 0, length) != checkpoint.read_bytes(key, 0, length):
-                raise _damaged(f"the bytes of {key!r} differ from the source's")
+            check_tensor(written, key, bias)
+        for key in chosen(copied, job.config.verify):
+            check_copy(written, checkpoint, key)
 
 
 def check_header(
@@ -64,7 +60,32 @@ def check_header(
         raise _damaged("its metadata differ from the plan")
 
 
-def _chosen(names: list[str], verify: str) -> list[str]:
+def check_copy(written: Checkpoint, source: Checkpoint, name: str) -> None:
+    """Compare a tensor of a file that was just written with the source's, byte for byte.
+
+    Raises:
+        FormatError: they differ.
+    """
+    length = source.tensors[name].nbytes
+    if written.read_bytes(name, 0, length) != source.read_bytes(name, 0, length):
+        raise _damaged(f"the bytes of {name!r} differ from the source's")
+
+
+def check_tensor(written: Checkpoint, name: str, expected: Tensor) -> None:
+    """Compare a tensor of a file that was just written with what was to be written.
+
+    Raises:
+        FormatError: they differ in a bit.
+    """
+    found, wanted = (
+        it.reshape(-1).view(torch.uint8) for it in (written.read(name), expected.cpu().contiguous())
+    )
+    if not torch.equal(found, wanted):
+        raise _damaged(f"the values of {name!r} differ from what was made of the source")
+
+
+def chosen(names: list[str], verify: str = "spot") -> list[str]:
+    """Return the names whose tensors are compared, evenly spread."""
     step = 1 if verify == "full" else max(1, len(names) // SPOT_CHECKS)
     return names[::step]
 

@@ -67,6 +67,7 @@ def render_conversion(report: ConvertReport) -> str:
         f"  {escape(name)}: SQNR {'infinite' if error is None else f'{error:.2f} dB'}"
         for name, error in report.requantized.items()
     ]
+    lines.append(f"  sha256   {report.sha256}")
     return "\n".join(lines)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -282,3 +284,49 @@ def test_other_sources_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="container 'gguf' is not one of"):
         hswq.convert_checkpoint(tiny.checkpoint, output, "gguf")
     assert not output.exists()
+
+
+JOBS = [(hswq.convert_checkpoint, "hswq"), (hswq.dequantize_checkpoint, "fp32")]
+
+
+@pytest.mark.parametrize(("function", "option"), JOBS)
+def test_report_has_the_digest_of_the_file(files: dict, tmp_path: Path, function, option) -> None:
+    """Who passes a converted file on needs the same proof as for a quantized one."""
+    output = tmp_path / "out.safetensors"
+    report = function(files[True, "comfy"], output, option)
+    assert report.sha256 == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert report.to_dict()["sha256"] == report.sha256
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "damaged"),
+    [
+        *((*JOBS[0], name) for name in ("a.weight", "a.scale", "b")),
+        *((*JOBS[1], name) for name in ("a.weight", "b")),
+    ],
+)
+def test_what_the_disk_damages_never_takes_the_name(
+    tmp_path: Path, monkeypatch, function, option, damaged: str
+) -> None:
+    """The header is right, one byte of a tensor is not: nobody would ever know why."""
+    codes = torch.arange(1, 13, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(4, 3)
+    tensors = {"a.weight": codes, "a.weight_scale": torch.tensor(0.5), "b": torch.arange(5.0)}
+    source, output = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    function(source, output, option)
+    with Checkpoint.open(output) as checkpoint:
+        place = checkpoint.tensors[damaged].begin
+    before = output.read_bytes()
+    real = os.fsync
+
+    def flip(descriptor: int) -> None:
+        real(descriptor)
+        if os.fstat(descriptor).st_size == len(before):
+            byte = os.pread(descriptor, 1, place)
+            os.pwrite(descriptor, bytes([byte[0] ^ 1]), place)
+
+    monkeypatch.setattr(os, "fsync", flip)
+    with pytest.raises(FormatError, match=rf"reading back the new file failed.*'{damaged}'"):
+        function(source, output, option)
+    assert output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, source.name]
