@@ -17,16 +17,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from hswq.errors import FormatError, InputError
 from hswq.formats.dtypes import DTYPES
+from hswq.formats.strict_json import MAX_TEXT_BYTES, parse_json, shown
 
 MAX_HEADER_BYTES = 100_000_000
-# Tensors of one file, and entries of its metadata: twenty times what diffusion models have.
-MAX_ENTRIES = 100_000
+# Tensors of one file, and entries of its metadata: ten times what diffusion models have.
+MAX_ENTRIES = 50_000
+# The longest name of a tensor or of an entry of the metadata: twenty times what models have.
+MAX_NAME_BYTES = 4096
 LENGTH_BYTES = 8
 METADATA_KEY = "__metadata__"
 
@@ -40,6 +43,10 @@ _PICKLE = (
 _SPACE = re.compile(rb"[ \t\n\r]*")
 # One tensor's entry: dtype, shape and offsets, flat, and no number below 0, not even -0.
 _ENTRY = re.compile(rb"\{[^{}-]{0,4096}\}")
+# Weights have up to five dimensions; thousands of them in each of many entries would take seconds.
+_MOST_COMMAS = 24
+# What is looked at first for the end of a string; few names are longer.
+_WINDOW_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,41 +85,6 @@ class TensorInfo:
         return DTYPES[self.dtype]
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object, refusing duplicate keys and what JSON itself does not know (NaN).
-
-    Raises:
-        FormatError: the text is no such object; `where` opens the message.
-    """
-    try:
-        parsed = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
-    except RecursionError as error:
-        raise FormatError(f"{where} is not usable JSON: it is nested too deeply.") from error
-    # UnicodeDecodeError, JSONDecodeError and an integer of too many digits are all ValueErrors.
-    except ValueError as error:
-        raise FormatError(f"{where} is not valid JSON: {error}.") from error
-    if not isinstance(parsed, dict):
-        raise FormatError(f"{where} is JSON, but no object.")
-    return parsed
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} occurs twice")
-            seen.add(key)
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
 def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     """Read and check the header of a safetensors file.
 
@@ -141,7 +113,7 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     for info in tensors:
         if info.begin != position:
             what = "overlaps the tensor before it" if info.begin < position else "follows a hole"
-            raise _damaged(path, f"tensor {info.name!r} {what}")
+            raise _damaged(path, f"tensor {shown(info.name)} {what}")
         position = info.end
     if position != size:
         what = "truncated" if position > size else "followed by bytes that belong to no tensor"
@@ -183,6 +155,7 @@ def _parse_header(
     where = f"the header of {path}"
     tensors: list[TensorInfo] = []
     metadata: dict[str, str] = {}
+    room = MAX_TEXT_BYTES
 
     def read_tensor(name: str, position: int) -> int:
         if name == METADATA_KEY:
@@ -190,22 +163,24 @@ def _parse_header(
                 raise _damaged(path, f"{METADATA_KEY} is no JSON object")
             return _read_object(text, position, read_metadata)
         found = _ENTRY.match(text, position)
-        if found is None:
+        if found is None or text.count(b",", position, found.end()) > _MOST_COMMAS:
             raise _damaged(
-                path, f"the entry of tensor {name!r} is no flat JSON object of texts and sizes"
+                path, f"the entry of tensor {shown(name)} is no flat JSON object of texts and sizes"
             )
-        entry = parse_json(found.group(), f"the entry of tensor {name!r} in {path}")
+        entry = parse_json(found.group(), f"the entry of tensor {shown(name)} in {path}")
         tensors.append(_checked_tensor(path, name, entry, data_start))
         return found.end()
 
     def read_metadata(key: str, position: int) -> int:
+        nonlocal room
         if text[position : position + 1] != b'"':
-            raise _damaged(path, f"the value of metadata {key!r} is no text")
-        value, position = _read_string(text, position)
+            raise _damaged(path, f"the value of metadata {shown(key)} is no text")
+        value, end = _read_string(text, position, room)
+        room -= end - position
         if not (_is_text(key) and _is_text(value)):
-            raise _damaged(path, f"the value of metadata {key!r} is no text")
+            raise _damaged(path, f"the value of metadata {shown(key)} is no text")
         metadata[key] = value
-        return position
+        return end
 
     try:
         end = _skip(text, _read_object(text, _skip(text, 0), read_tensor))
@@ -235,9 +210,9 @@ def _read_object(text: bytes, position: int, read_value: Callable[[str, int], in
         return position + 1
     seen: set[str] = set()
     while True:
-        key, position = _read_string(text, position)
+        key, position = _read_string(text, position, MAX_NAME_BYTES)
         if key in seen:
-            raise ValueError(f"key {key!r} occurs twice")
+            raise ValueError(f"key {shown(key)} occurs twice")
         seen.add(key)
         if len(seen) > MAX_ENTRIES:
             raise ValueError(f"there are more than {MAX_ENTRIES} entries")
@@ -248,22 +223,35 @@ def _read_object(text: bytes, position: int, read_value: Callable[[str, int], in
         position = _skip(text, _expect(text, position, b","))
 
 
-def _read_string(text: bytes, position: int) -> tuple[str, int]:
-    """Return a JSON string and the position behind it."""
-    start = position
-    position = _expect(text, position, b'"')
+def _read_string(text: bytes, position: int, most: int) -> tuple[str, int]:
+    """Return a JSON string of at most so many bytes between its quotes, and the position behind it.
+
+    Raises:
+        ValueError: it is none, is longer, or has no end.
+    """
+    start = _expect(text, position, b'"')
+    stop = min(len(text), start + most + 1)
+    end = _find_quote(text, start, stop)
+    if end < 0:
+        what = "has no end" if stop == len(text) else f"is longer than {most} bytes"
+        raise ValueError(f"the string at byte {position} {what}")
+    value: str = json.loads(text[position : end + 1])
+    return value, end + 1
+
+
+def _find_quote(text: bytes, start: int, stop: int) -> int:
+    """Return the position of the quote that ends a string's characters; -1 where none does."""
+    size = _WINDOW_BYTES
     while True:
-        position = text.find(b'"', position)
-        if position < 0:
-            raise ValueError(f"the string at byte {start} has no end")
-        escapes = position
-        while text[escapes - 1 : escapes] == b"\\":
-            escapes -= 1
-        position += 1
-        # A quote behind an odd number of backslashes belongs to the string.
-        if (position - escapes) % 2:
-            value: str = json.loads(text[start:position])
-            return value, position
+        # What is escaped is hidden, in the parser's own order: pairs of backslashes first. Each
+        # window is four times the one before, so that all of them cost no more than the last.
+        window = text[start : min(start + size, stop)]
+        found = window.replace(b"\\\\", b"__").replace(b'\\"', b"__").find(b'"')
+        if found >= 0:
+            return start + found
+        if start + size >= stop:
+            return -1
+        size *= 4
 
 
 def _expect(text: bytes, position: int, character: bytes) -> int:
@@ -291,25 +279,26 @@ def _is_text(text: str) -> bool:
 
 def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not _is_text(name):
-        raise _damaged(path, f"the name {name!r} is no text")
+        raise _damaged(path, f"the name {shown(name)} is no text")
     if not isinstance(entry, dict):
-        raise _damaged(path, f"the entry of tensor {name!r} is no JSON object")
+        raise _damaged(path, f"the entry of tensor {shown(name)} is no JSON object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(
-            f"tensor {name!r} in {path} has dtype {dtype!r}; known are {', '.join(DTYPES)}."
+            f"tensor {shown(name)} in {path} has dtype {dtype!r}; known are {', '.join(DTYPES)}."
         )
     # torch counts elements and strides in int64, zero-sized dimensions counting as 1 in a stride.
     if not _is_counts(shape) or math.prod(max(size, 1) for size in shape) >= 2**63:
-        raise _damaged(path, f"tensor {name!r} has shape {shape!r}")
+        raise _damaged(path, f"tensor {shown(name)} has shape {shape!r}")
     if not _is_counts(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"tensor {name!r} has data_offsets {offsets!r}")
+        raise _damaged(path, f"tensor {shown(name)} has data_offsets {offsets!r}")
     begin, end = (data_start + offset for offset in offsets)
     info = TensorInfo(name, dtype, tuple(shape), path, begin, end)
     expected = info.numel * info.torch_dtype.itemsize
     if info.nbytes != expected:
         raise _damaged(
-            path, f"tensor {name!r}, {dtype} {shape}, needs {expected} bytes and has {info.nbytes}"
+            path,
+            f"tensor {shown(name)}, {dtype} {shape}, needs {expected} bytes and has {info.nbytes}",
         )
     return info
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPES
-from hswq.formats.header import LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY
+from hswq.formats.header import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, METADATA_KEY
+from hswq.formats.strict_json import MAX_TEXT_BYTES, shown
 
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 _HEADER_ALIGNMENT = 8
@@ -76,6 +77,11 @@ class Layout:
                 f"the header would take {header_bytes} bytes, and safetensors allows "
                 f"{MAX_HEADER_BYTES}: write fewer tensors or less metadata."
             )
+        if metadata_bytes > MAX_TEXT_BYTES:
+            raise InputError(
+                f"the metadata would take {metadata_bytes} bytes, and at most {MAX_TEXT_BYTES} are "
+                "read again: write less metadata."
+            )
         offsets = {}
         position = LENGTH_BYTES + header_bytes
         for spec in ordered.values():
@@ -108,6 +114,12 @@ def _check(spec: TensorSpec) -> None:
         )
     if spec.name == METADATA_KEY:
         raise InputError(f"a tensor cannot be named {METADATA_KEY!r}: safetensors reserves it.")
+    size = len(json.dumps(spec.name, ensure_ascii=False).encode(errors="surrogatepass")) - len('""')
+    if size > MAX_NAME_BYTES:
+        raise InputError(
+            f"the name {shown(spec.name)} takes {size} bytes, and at most {MAX_NAME_BYTES} are "
+            "read again: shorten it."
+        )
 
 
 def _header_json(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

@@ -20,12 +20,8 @@ import torch
 from torch import Tensor
 
 from hswq.errors import FormatError, InputError
-from hswq.formats.header import (
-    MAX_HEADER_BYTES,
-    TensorInfo,
-    parse_json,
-    read_header,
-)
+from hswq.formats.header import TensorInfo, read_header
+from hswq.formats.strict_json import MAX_TEXT_BYTES, parse_json, shown
 
 __all__ = ["Checkpoint", "TensorInfo", "is_index"]
 
@@ -268,11 +264,11 @@ def _locate_in(folder: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as handle:
-            data = handle.read(MAX_HEADER_BYTES + 1)
+            data = handle.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(data) > MAX_HEADER_BYTES:
-        raise FormatError(f"{path} is larger than {MAX_HEADER_BYTES} bytes: it is no such file.")
+    if len(data) > MAX_TEXT_BYTES:
+        raise FormatError(f"{path} is larger than {MAX_TEXT_BYTES} bytes: it is no such file.")
     return parse_json(data, str(path))
 
 
@@ -285,8 +281,8 @@ def _read_shards(index: Path) -> tuple[list[Path], dict[str, TensorInfo], dict[s
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name or "/" in name or "\0" in name:
             raise FormatError(
-                f"{index} puts tensor {tensor!r} into {name!r}: the name of a file beside it is "
-                "needed."
+                f"{index} puts tensor {shown(tensor)} into {shown(str(name))}: the name of a file "
+                "beside it is needed."
             )
         names[name] = None
     files: list[Path] = []
@@ -303,7 +299,7 @@ def _read_shards(index: Path) -> tuple[list[Path], dict[str, TensorInfo], dict[s
             expected = weight_map.get(info.name)
             if expected != name:
                 raise FormatError(
-                    f"{shard} holds tensor {info.name!r}, which {index.name} "
+                    f"{shard} holds tensor {shown(info.name)}, which {index.name} "
                     f"{'does not know' if expected is None else f'puts into {expected!r}'}: shards "
                     "and index belong to different checkpoints."
                 )
@@ -313,7 +309,7 @@ def _read_shards(index: Path) -> tuple[list[Path], dict[str, TensorInfo], dict[s
     for tensor, name in weight_map.items():
         if tensor not in tensors:
             raise FormatError(
-                f"tensor {tensor!r} is not in {index.parent / name}, where {index.name} puts it: "
-                "shards and index belong to different checkpoints."
+                f"tensor {shown(tensor)} is not in {index.parent / name}, where {index.name} puts "
+                "it: shards and index belong to different checkpoints."
             )
     return files, tensors, metadata

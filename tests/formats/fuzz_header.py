@@ -2,9 +2,10 @@
 
     python -m tests.formats.fuzz_header --files 1000000
 
-Small good files are changed byte by byte, in their lengths and token by token. The reader must take
-or refuse each with an error of hswq's, fast and without more memory than a file of that size is
-worth; what it takes, safetensors' own reader must take with the same tensors.
+Small good files are changed byte by byte, in their lengths and token by token; a few of 1 to 20 MB
+are made of what is dear to read. The reader must take or refuse each with an error of hswq's,
+within a second and without more memory than SECURITY.md says; what it takes, safetensors' own
+reader must take with the same tensors. The exit code is 1 where it is slower or takes more.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import json
 import random
 import re
 import resource
+import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,12 @@ _MEASURED = 50
 # Python objects of a small file are larger than the file.
 _ALLOWANCE = 64 << 10
 _ADDRESS_SPACE = 1 << 30
+_SLOWEST_MS = 1000.0
+# Beyond twice the file: Python's objects of a tensor or of an entry of the metadata, and of every
+# byte of names and metadata, which become four where one character lies beyond U+FFFF: the text of
+# the file, the decoded one and the value, less the two that the file counts for.
+_ENTRY_BYTES = 1 << 10
+_TEXT_FACTOR = 7
 _TOKENS = (
     *("0", "-1", "1", "8", "9223372036854775807", "18446744073709551616", "1" * 400, "1e999"),
     *("0.5", "-0", "01", "true", "null", "NaN", "Infinity", "[]", "{}", "[[[[[]]]]]", '""'),
@@ -174,17 +183,94 @@ def fuzz(files: int, seed: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Fuzz, and print what was found as a line of JSON."""
+def large_files(megabytes: float) -> Iterator[tuple[str, bytes, int, int]]:
+    """Yield files of what is dear to read: what, the file, its entries, bytes of its texts."""
+    size = int(megabytes * (1 << 20))
+    plain, wide = "a" * size, "a" * (size - 4) + "\U0001f600"
+    empty = json.dumps(entry("U8", [0], 0, 0)).encode()
+    deep = json.dumps(entry("U8", [0] + [1] * 18, 0, 0)).encode()
+    texts = {
+        "plain": plain.encode(),
+        "wide": wide.encode(),
+        "backslashes": b"\\" * size,
+        "quotes": b'\\"' * (size // 2),
+        "pairs": b"\\ud83d\\ude00" * (size // 12),
+        "controls": b"\x1b" * size,
+        "no UTF-8": b"\xff" * size,
+    }
+    for what, text in texts.items():
+        yield f"name: {what}", pack(b'{"' + text + b'":' + empty + b"}"), 1, size
+        value = b'{"__metadata__":{"a":"' + text + b'"},"b":' + empty + b"}"
+        yield f"metadata: {what}", pack(value), 2, size
+        yield f"no end: {what}", pack(b'{"__metadata__":{"a":"' + text), 2, size
+    for what, text in (("short", b""), ("long", b"a" * 4000), ("wide", texts["wide"][-4000:])):
+        for kind, value in (("empty tensors", empty), ("many dimensions", deep)):
+            entries = [b'"%d%s":%s' % (n, text, value) for n in range(size // len(value + text))]
+            header = b"{" + b",".join(entries) + b"}"
+            yield f"{kind}, {what} names", pack(header), len(entries), len(entries) * len(text)
+        entries = [b'"%d%s":""' % (n, text) for n in range(size // (len(text) + 12))]
+        header = b'{"__metadata__":{' + b",".join(entries) + b"}}"
+        yield f"metadata, {what} names", pack(header), len(entries), len(entries) * len(text)
+    for what, junk in (("[", b"["), ("{", b'{"a":'), ("spaces", b" "), ("digits", b"1")):
+        yield f"junk: {what}", pack(b'{"a":' + junk * (size // len(junk)) + b"}"), 1, 0
+        yield f"junk in an entry: {what}", pack(b'{"a":{"b":' + junk * size + b"}}"), 1, 0
+
+
+def fuzz_large(megabytes: float) -> dict[str, Any]:
+    """Read large files of every kind.
+
+    Returns:
+        How many, the slowest in ms and what it was, and the largest share of the memory that one of
+        them may take.
+    Raises:
+        AssertionError: a file is read otherwise than by safetensors.
+    """
+    count, slowest, largest = 0, (0.0, ""), (0.0, "")
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        path = Path(file.name)
+        for what, data, entries, text_bytes in large_files(megabytes):
+            path.write_bytes(data)
+            begun = time.process_time()
+            found = read(path)
+            slowest = max(slowest, (1e3 * (time.process_time() - begun), what))
+            tracemalloc.start()
+            read(path)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            limit = 2 * len(data) + _ALLOWANCE + _ENTRY_BYTES * entries + _TEXT_FACTOR * text_bytes
+            largest = max(largest, (peak / limit, what))
+            if found is not None:
+                compare(data, found)
+            count += 1
+    return {
+        "large_files": count,
+        "large_slowest_ms": round(slowest[0], 2),
+        "large_slowest": slowest[1],
+        "large_peak_share_of_the_limit": round(largest[0], 3),
+        "large_peak": largest[1],
+    }
+
+
+def main() -> int:
+    """Fuzz, print what was found as a line of JSON, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--megabytes", type=float, nargs="*", default=[1.0, 5.0, 20.0])
     options = parser.parse_args()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + _ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    print(json.dumps(fuzz(options.files, options.seed)))
+    failed = False
+    for megabytes in options.megabytes:
+        large = fuzz_large(megabytes)
+        print(json.dumps({"megabytes": megabytes, **large}), flush=True)
+        failed |= large["large_slowest_ms"] > _SLOWEST_MS
+        failed |= large["large_peak_share_of_the_limit"] > 1.0
+    found = fuzz(options.files, options.seed)
+    print(json.dumps(found))
+    return int(failed or found["slowest_ms"] > _SLOWEST_MS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

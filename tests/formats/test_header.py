@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hswq.errors import FormatError, InputError
-from hswq.formats.header import MAX_ENTRIES, MAX_HEADER_BYTES
+from hswq.formats.header import MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME_BYTES
 from hswq.formats.reader import Checkpoint
+from hswq.formats.strict_json import MAX_TEXT_BYTES
 from tests.formats.files import entry, pack, write
-from tests.formats.fuzz_header import fuzz
+from tests.formats.fuzz_header import fuzz, fuzz_large
 
 
 def open_bytes(tmp_path: Path, data: bytes) -> None:
@@ -216,6 +217,47 @@ def test_no_more_tensors_than_any_model_has(tmp_path):
         open_bytes(tmp_path, pack(b"{" + tensors + b"}"))
 
 
+def test_names_and_metadata_have_a_length(tmp_path):
+    """One emoji makes Python hold four bytes a character: a name of megabytes costs thirteen times
+    the file, and stands in the message as a whole."""
+    for name in (b"a" * MAX_NAME_BYTES, b"\\\\" * (MAX_NAME_BYTES // 2)):
+        good = b'{"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+        open_bytes(tmp_path, pack(good % name))
+        for header in (good % (name + b"a"), b'{"__metadata__":{"%sa":"b"}}' % name):
+            with pytest.raises(FormatError, match=f"is longer than {MAX_NAME_BYTES} bytes"):
+                open_bytes(tmp_path, pack(header))
+    half = b"a" * (MAX_TEXT_BYTES // 2)
+    open_bytes(tmp_path, pack(b'{"__metadata__":{"a":"%s","b":"x"}}' % half))
+    with pytest.raises(FormatError, match=r"the string at byte .* is longer than"):
+        open_bytes(tmp_path, pack(b'{"__metadata__":{"a":"%s","b":"%s"}}' % (half, half)))
+
+
+def test_messages_show_names_in_part(tmp_path):
+    """A message of 4000 characters of a stranger's choice pushes everything else off the screen."""
+    name = "n" * 4000
+    headers = (
+        {name: 3},
+        {name: entry("F33", [1], 0, 4)},
+        {name: entry("F32", [-1], 0, 4)},
+        {name: entry("F32", [1], 0, 5)},
+        {name: entry("F32", [1], 8, 12)},
+        {"__metadata__": {name: 1}},
+        b'{"%s":%s,"%s":{}}' % ((name.encode(), json.dumps(ONE["w"]).encode(), name.encode())),
+    )
+    for header in headers:
+        with pytest.raises(FormatError) as raised:
+            open_bytes(tmp_path, pack(header, bytes(8)))
+        assert len(str(raised.value)) < 500 + len(str(tmp_path))
+        assert "(4000 characters)" in str(raised.value)
+
+
+def test_shapes_of_thousands_of_dimensions_are_refused(tmp_path):
+    """No tensor has them, and numbers are what takes longest to read: seconds in a large header."""
+    with pytest.raises(FormatError, match="no flat JSON object"):
+        open_bytes(tmp_path, pack({"a": entry("U8", [0] + [1] * 1000, 0, 0)}))
+    open_bytes(tmp_path, pack({"a": entry("U8", [0] + [1] * 18, 0, 0)}))
+
+
 def test_texts_with_escapes_are_read_as_json_reads_them(tmp_path):
     """Training tools keep whole JSON texts with escaped quotes in the metadata."""
     nested = json.dumps({"tags": {'say "no"': 1, "back\\slash\\": 2, "\n\u00e9\U0001f600": 3}})
@@ -235,3 +277,10 @@ def test_fuzzed_files():
     assert found["accepted"] > 20
     assert found["refused"] > 1000
     assert found["slowest_ms"] < 1000
+
+
+def test_large_fuzzed_files():
+    """What grows faster than the file shows only in large ones."""
+    found = fuzz_large(0.5)
+    assert found["large_files"] >= 10
+    assert found["large_peak_share_of_the_limit"] <= 1.0

@@ -20,6 +20,7 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPE_NAMES, DTYPES
 from hswq.formats.header import MAX_HEADER_BYTES
 from hswq.formats.reader import Checkpoint
+from hswq.formats.strict_json import MAX_TEXT_BYTES
 from hswq.formats.writer import CheckpointWriter, TensorSpec, place_copy
 from tests.formats.files import random_tensor, raw_bytes
 
@@ -205,6 +206,10 @@ def test_impossible_specs_are_refused_before_anything_is_written(tmp_path):
             CheckpointWriter(tmp_path / "x", specs, 0)
     with pytest.raises(InputError, match="write fewer tensors or less metadata"):
         CheckpointWriter(tmp_path / "x", [one], MAX_HEADER_BYTES)
+    with pytest.raises(InputError, match="are read again: write less metadata"):
+        CheckpointWriter(tmp_path / "x", [one], MAX_TEXT_BYTES + 1)
+    with pytest.raises(InputError, match="takes 4098 bytes, and at most 4096 are read again"):
+        CheckpointWriter(tmp_path / "x", [TensorSpec('"' * 2049, "F32", (1,))], 0)
     assert os.listdir(tmp_path) == []
 
 
