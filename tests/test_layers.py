@@ -18,6 +18,7 @@ LAYER = {
     "config": 0,
     "processes": 0,
     "progress": 0,
+    "strict_json": 0,
     "formats": 1,
     "kernels": 2,
     "models": 3,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hswq.errors import FormatError, InputError
+from hswq.strict_json import parse_any
 
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
@@ -66,9 +67,9 @@ class Call:
             FormatError: the text is damaged.
         """
         try:
-            args, kwargs = _restore(json.loads(text), tensors)
+            args, kwargs = _restore(parse_any(text, "it", constants=True), tensors)
             return cls(tuple(args), dict(kwargs))
-        except (ValueError, TypeError, LookupError) as error:
+        except (FormatError, ValueError, TypeError, LookupError) as error:
             raise FormatError(f"a recorded call is damaged: {error}.") from error
 
 

@@ -15,6 +15,7 @@ import torch
 from hswq.errors import FormatError
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.strict_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,11 +89,13 @@ class Codes:
                     "with `calibrate --rounding compensated`."
                 )
             self.fingerprint = metadata["hswq.fingerprint"]
-            self.settings = json.loads(metadata["hswq.settings"])
-            self.options: dict[str, Any] = json.loads(metadata["hswq.options"])
-            self.units = {
-                key: UnitCodes(**entry) for key, entry in json.loads(metadata["hswq.units"]).items()
+            stored = {
+                key: parse_json(metadata[f"hswq.{key}"], f"'hswq.{key}' of {path}", constants=True)
+                for key in ("settings", "options", "units")
             }
+            self.settings: dict[str, Any] = stored["settings"]
+            self.options: dict[str, Any] = stored["options"]
+            self.units = {key: UnitCodes(**entry) for key, entry in stored["units"].items()}
         except (LookupError, TypeError, ValueError) as error:
             self._file.close()
             raise FormatError(f"{path} is a damaged file of codes ({error}).") from error

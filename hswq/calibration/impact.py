@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hswq.errors import FormatError
+from hswq.strict_json import parse_json
 
 
 @dataclass(eq=False)
@@ -47,14 +48,14 @@ class Impact:
             FormatError: the text is damaged.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text, "it", constants=True)
             values = {str(name): float(value) for name, value in content["values"].items()}
             partial = {
                 str(name): tuple(map(float, changes))
                 for name, changes in content["partial"].items()
             }
             found = cls(values, dict(content["options"]), int(content["calls"]), partial)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (FormatError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise FormatError(f"the measured impact is damaged: {error}.") from error
         if any(math.isnan(value) or value < 0.0 for value in values.values()):
             raise FormatError("the measured impact is damaged: a value is negative or NaN.")

@@ -33,6 +33,7 @@ from hswq.kernels.fixed_point import (
 )
 from hswq.models.map import ModelMap
 from hswq.progress import Progress, no_progress
+from hswq.strict_json import parse_any
 
 logger = logging.getLogger(__name__)
 
@@ -399,7 +400,7 @@ class Calibration:
         ]
         if floating:
             raise TypeError(f"tensor {floating[0]!r} is not I64")
-        layouts = json.loads(metadata["hswq.layers"])
+        layouts = _stored(metadata["hswq.layers"])
         largest: list[float] | list[None] = [None] * len(layouts)
         if "input_max" in checkpoint.tensors:
             bits = checkpoint.read("input_max").to(torch.int32)
@@ -422,20 +423,20 @@ class Calibration:
                 input_max,
             )
         stored_map, impact = metadata.get("hswq.model_map"), metadata.get("hswq.impact")
-        structures = json.loads(metadata.get("hswq.calls", "[]"))
+        structures = _stored(metadata.get("hswq.calls", "[]"))
         return cls(
             modules,
             None if stored_map is None else ModelMap.from_json(stored_map),
             metadata.get("hswq.fingerprint"),
-            json.loads(metadata["hswq.settings"]),
-            tuple(json.loads(metadata["hswq.samples"])),
-            tuple(json.loads(metadata.get("hswq.overflowed", "[]"))),
+            _stored(metadata["hswq.settings"]),
+            tuple(_stored(metadata["hswq.samples"])),
+            tuple(_stored(metadata.get("hswq.overflowed", "[]"))),
             tuple(
                 Call.from_parts(text, _call_tensors(checkpoint, number))
                 for number, text in enumerate(structures)
             ),
             None if impact is None else Impact.from_json(impact),
-            dict(json.loads(metadata.get("hswq.shared_inputs", "{}"))),
+            dict(_stored(metadata.get("hswq.shared_inputs", "{}"))),
         )
 
     def _layer(self, name: str) -> LayerStatistics:
@@ -448,6 +449,13 @@ class Calibration:
 
     def _layouts(self) -> list[tuple[str, tuple[str, tuple[int, ...], int]]]:
         return [(name, layer.layout) for name, layer in self.modules.items()]
+
+
+def _stored(text: str) -> Any:
+    try:
+        return parse_any(text, "a text of its metadata", constants=True)
+    except FormatError as error:
+        raise ValueError(str(error).rstrip(".")) from error
 
 
 def _call_tensors(checkpoint: Checkpoint, number: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from hswq.calibration import Embeddings
 from hswq.config import BenchConfig
 from hswq.driver.sampling import memory_told, prepare_sampling
 from hswq.driver.source import Source, open_source
-from hswq.errors import InputError
+from hswq.errors import FormatError, InputError
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.loader import dequantize_module, load_transformer, load_unet, quantize_module
@@ -35,6 +35,7 @@ from hswq.quality.bench import (
     perceptual_distance,
 )
 from hswq.quality.images import paint
+from hswq.strict_json import parse_json
 
 NAIVE = "naive cast"
 _CHUNK_BYTES = 32 << 20
@@ -183,8 +184,9 @@ def _options(path: Path | None) -> dict[str, Any]:
         return {}
     with Checkpoint.open(path) as checkpoint:
         try:
-            options = json.loads(checkpoint.metadata.get("hswq.plan", "{}")).get("options", {})
-        except (ValueError, AttributeError):
+            text = checkpoint.metadata.get("hswq.plan", "{}")
+            options = parse_json(text, "the plan", constants=True).get("options", {})
+        except FormatError:
             return {}
     return dict(options) if isinstance(options, dict) else {}
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from hswq.calibration import Calibration, is_statistics
-from hswq.errors import FormatError, InputError
+from hswq.errors import InputError
 from hswq.formats.quantized import detect_container, quantized_weights
 from hswq.formats.reader import Checkpoint, is_index
 from hswq.models.detect import detect
 from hswq.plan import Plan
+from hswq.strict_json import parse_any
 
 
 def inspect_path(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -116,10 +116,7 @@ def stored_plan(checkpoint: Checkpoint) -> Plan | None:
     if "hswq.plan" not in checkpoint.metadata:
         return None
     where = f"'hswq.plan' in the metadata of {checkpoint.path}"
-    try:
-        data = json.loads(checkpoint.metadata["hswq.plan"])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} is not JSON: {error}.") from error
+    data = parse_any(checkpoint.metadata["hswq.plan"], where, constants=True)
     return Plan.from_dict(data, where)
 
 

@@ -23,7 +23,7 @@ import torch
 
 from hswq.errors import FormatError, InputError
 from hswq.formats.dtypes import DTYPES
-from hswq.formats.strict_json import MAX_TEXT_BYTES, parse_json, shown
+from hswq.strict_json import MAX_TEXT_BYTES, parse_json, shown
 
 MAX_HEADER_BYTES = 100_000_000
 # Tensors of one file, and entries of its metadata: ten times what diffusion models have.

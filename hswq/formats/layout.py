@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPES
 from hswq.formats.header import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, METADATA_KEY
-from hswq.formats.strict_json import MAX_TEXT_BYTES, shown
+from hswq.strict_json import MAX_TEXT_BYTES, shown
 
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 _HEADER_ALIGNMENT = 8

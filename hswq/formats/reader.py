@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hswq.errors import FormatError, InputError
 from hswq.formats.header import TensorInfo, read_header
-from hswq.formats.strict_json import MAX_TEXT_BYTES, parse_json, shown
+from hswq.strict_json import MAX_TEXT_BYTES, parse_json, shown
 
 __all__ = ["Checkpoint", "TensorInfo", "is_index"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import torch
 
-from hswq.errors import HswqError, InputError
+from hswq.errors import FormatError, HswqError, InputError
 from hswq.formats.reader import Checkpoint
+from hswq.strict_json import MAX_TEXT_BYTES, parse_json
 
 # Configurations by family, each laid out as a diffusers pipeline folder.
 _ASSETS = Path(__file__).resolve().parent / "assets"
@@ -26,16 +26,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
         InputError: the file is no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as handle:
+            content = parse_json(handle.read(MAX_TEXT_BYTES + 1), "it", constants=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"'{path}' cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"'{path}' cannot be read as JSON: it holds a {type(content).__name__}, and an object "
-            "is needed."
-        )
+    except FormatError as error:
+        raise InputError(f"'{path}' cannot be read as JSON: {error}") from error
     return content
 
 

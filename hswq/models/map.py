@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 
 from hswq.errors import FormatError
+from hswq.strict_json import parse_json
 
 SCHEMA = 1
 
@@ -158,9 +159,9 @@ class ModelMap:
             FormatError: the text is no model map, or one of another schema version.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text, "the stored model map")
             schema = content.pop("schema")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (FormatError, KeyError) as error:
             raise FormatError("the stored model map is no JSON object with a schema.") from error
         if schema != SCHEMA:
             raise FormatError(

@@ -293,10 +293,13 @@ def test_damaged_tensors_are_refused(damage, tensors):
         {"hswq.layers": json.dumps([["a", "linear", [5], 1], ["b", "linear", [5, 2], 1]])},
         {"hswq.settings": None},
         {"hswq.samples": "7"},
+        {"hswq.layers": "[" * 10**5},
+        {"hswq.settings": '{"a":' * 500 + "1" + "}" * 500},
+        {"hswq.samples": "[" * 500 + "]" * 500},
     ],
 )
 def test_damaged_metadata_is_refused(damage, metadata):
-    """JSON cut off or of another shape is told as damage of the file."""
+    """JSON cut off, of another shape or too deep for a parser is told as damage of the file."""
     path = damage(metadata=metadata)
     with pytest.raises(FormatError, match="damaged statistics file"):
         Calibration.load(path)

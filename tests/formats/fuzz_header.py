@@ -1,6 +1,8 @@
 """Hostile safetensors files by the million.
 
-    python -m tests.formats.fuzz_header --files 1000000
+    TMPDIR=/dev/shm python -m tests.formats.fuzz_header --files 1000000
+
+In memory it runs ten times as fast as on a disk.
 
 Small good files are changed byte by byte, in their lengths and token by token; a few of 1 to 20 MB
 are made of what is dear to read. The reader must take or refuse each with an error of hswq's,

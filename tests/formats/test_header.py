@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hswq.errors import FormatError, InputError
 from hswq.formats.header import MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME_BYTES
 from hswq.formats.reader import Checkpoint
-from hswq.formats.strict_json import MAX_TEXT_BYTES
+from hswq.strict_json import MAX_TEXT_BYTES
 from tests.formats.files import entry, pack, write
 from tests.formats.fuzz_header import fuzz, fuzz_large
 

@@ -20,8 +20,8 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPE_NAMES, DTYPES
 from hswq.formats.header import MAX_HEADER_BYTES
 from hswq.formats.reader import Checkpoint
-from hswq.formats.strict_json import MAX_TEXT_BYTES
 from hswq.formats.writer import CheckpointWriter, TensorSpec, place_copy
+from hswq.strict_json import MAX_TEXT_BYTES
 from tests.formats.files import random_tensor, raw_bytes
 
 

@@ -75,6 +75,7 @@ def test_json_round_trip_is_exact_and_deterministic():
         ("nonsense", "no JSON"),
         ("[]", "no JSON"),
         ("{}", "no JSON"),
+        ('{"a":' * 10**5, "no JSON"),
         (json.dumps({"schema": 2}), "schema 2"),
         (json.dumps({"schema": 1, "modules": []}), "damaged"),
         (json.dumps({"schema": 1, "modules": [{"shape": 3}]}), "damaged"),

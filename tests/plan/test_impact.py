@@ -296,7 +296,7 @@ def test_call_that_cannot_be_saved_is_told(tmp_path):
         calibration.save(tmp_path / "s.safetensors")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[1, 2]", '[[{"__tensor__": 4}], {}]'])
+@pytest.mark.parametrize("text", ["", "[]", "[1, 2]", '[[{"__tensor__": 4}], {}]', "[" * 10**5])
 def test_damaged_call_is_told(text):
     """A damaged statistics file must end in our error."""
     with pytest.raises(FormatError, match="recorded call is damaged"):
@@ -305,7 +305,7 @@ def test_damaged_call_is_told(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", '{"values": {"a": NaN}, "options": {}, "calls": 1, "partial": {}}'],
+    ["", "{}", '{"a":' * 10**5, '{"values": {"a": NaN}, "options": {}, "calls": 1, "partial": {}}'],
 )
 def test_damaged_impact_is_told(text):
     """NaN would rank anywhere."""
