@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hswq.calibration.calls import Call, Recorder
-from hswq.calibration.codes import Codes, CodesWriter, codes_path
+from hswq.calibration.codes import Codes, CodesWriter, codes_path, find_codes
 from hswq.calibration.embeddings import (
     Embeddings,
     check_embeddings,
@@ -38,6 +38,7 @@ __all__ = [
     "check_embeddings",
     "codes_path",
     "encode_prompts",
+    "find_codes",
     "gather_grams",
     "gram_groups",
     "gram_layers",

@@ -24,6 +24,7 @@ CODES_VERSION = "1"
 
 _VERSION_KEY = "hswq.codes_version"
 _WEIGHT, _SCALE, _BIAS = ".weight", ".scale", ".bias"
+_SUFFIX = ".codes.safetensors"
 _LONGEST_FLOAT = 2.2250738585072014e-308
 
 
@@ -55,8 +56,17 @@ class UnitCodes:
 
 
 def codes_path(statistics: str | os.PathLike[str]) -> Path:
-    """Return where the codes lie that belong to a statistics file: beside it."""
-    return Path(statistics).with_suffix(".codes.safetensors")
+    """Return where the codes belong: beside the statistics file, where a link to it leads."""
+    return Path(os.path.realpath(statistics)).with_suffix(_SUFFIX)
+
+
+def find_codes(statistics: str | os.PathLike[str]) -> Path | None:
+    """Return the codes of a statistics file; None where there are none.
+
+    Where hubs keep files under other names, both are found by links that lie side by side.
+    """
+    places = codes_path(statistics), Path(statistics).with_suffix(_SUFFIX)
+    return next((path for path in places if path.is_file()), None)
 
 
 class Codes:

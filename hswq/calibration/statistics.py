@@ -17,7 +17,7 @@ import torch
 
 from hswq import __version__
 from hswq.calibration.calls import Call
-from hswq.calibration.codes import Codes, codes_path
+from hswq.calibration.codes import Codes, find_codes
 from hswq.calibration.gram import Gram
 from hswq.calibration.impact import Impact
 from hswq.config import PRESETS
@@ -380,8 +380,7 @@ class Calibration:
                 )
             try:
                 found = cls._read(checkpoint)
-                codes = codes_path(path)
-                found.codes = codes if codes.is_file() else None
+                found.codes = find_codes(path)
                 return found
             except FormatError as error:
                 raise FormatError(f"{path}: {error}") from error

@@ -25,6 +25,7 @@ from hswq.calibration import (
 )
 from hswq.config import CalibrationConfig
 from hswq.driver.compensate import RoundedParts, write_codes
+from hswq.driver.paths import check_outputs
 from hswq.driver.ranks import Ranks, joined_ranks
 from hswq.driver.sampling import Encodings, memory_told, prepare_sampling
 from hswq.driver.source import Source, open_source
@@ -78,6 +79,8 @@ def calibrate_checkpoint(
             "compensated codes need a file: give calibrate_checkpoint an output, beside which they "
             "are written."
         )
+    if output is not None:
+        check_outputs(src, config, output, codes_path(output))
     with ExitStack() as opened:
         source = opened.enter_context(open_source(src))
         ranks = opened.enter_context(joined_ranks())

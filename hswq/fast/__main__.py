@@ -70,7 +70,7 @@ def _set_waiting(arguments: argparse.Namespace) -> None:
     Spinning they are quicker at hand, which pays between the many small steps of a sampler, and
     take the cores from everybody else. OpenMP reads this as it is loaded, with torch.
     """
-    samples = arguments.command == "quantize" and arguments.stats is None
+    samples = arguments.command == "quantize" and getattr(arguments, "stats", None) is None
     if arguments.command in _STREAMING and not samples and "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -111,6 +111,25 @@ def _show(arguments: argparse.Namespace, data: Any, text: str) -> None:
         print(escape_lines(text))
 
 
+def _keep_inputs(
+    arguments: argparse.Namespace,
+    config: CalibrationConfig,
+    outputs: Sequence[Any],
+    files: Sequence[str] = (),
+) -> None:
+    """Refuse outputs that are files which the command reads.
+
+    Raises:
+        InputError: one is, whatever name leads to it.
+    """
+    from hswq.driver.paths import files_read, refuse_overwriting
+
+    read = files_read(arguments.input, config)
+    for file in files:
+        read |= files_read(file, config)
+    refuse_overwriting(read, outputs)
+
+
 def _quantize(arguments: argparse.Namespace) -> None:
     config = cast(QuantizeConfig, config_from(arguments, QuantizeConfig))
     from hswq.driver import quantize_checkpoint, quantize_checkpoints
@@ -145,10 +164,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     config = config_from(arguments, CalibrationConfig)
     from hswq.driver import calibrate_checkpoint, inspect_path
-    from hswq.driver.paths import check_outputs
     from hswq.fast.render import render_facts
 
-    check_outputs(arguments.input, config, arguments.output)
     _with_bars(
         arguments,
         lambda progress: calibrate_checkpoint(
@@ -170,6 +187,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         from hswq.quality.plots import check_plot_path, plot_curve
 
         check_plot_path(arguments.plot)
+        _keep_inputs(arguments, config, [arguments.plot])
     plan = _with_bars(
         arguments, lambda progress: plan_checkpoint(arguments.input, config, progress=progress)
     )
@@ -221,8 +239,13 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     if config.html is not None:
         from hswq.quality.plots import pyplot
+        from hswq.quality.report import data_path
 
         pyplot()
+        reports = [config.html, data_path(config.html)]
+        _keep_inputs(arguments, config, reports, arguments.files)
+    if config.write_metadata:
+        _keep_inputs(arguments, config, arguments.files)
     bench = _with_bars(
         arguments,
         lambda progress: bench_files(arguments.input, arguments.files, config, progress=progress),

@@ -40,6 +40,11 @@ small, .note { color: #555 } svg { max-width: 100%; height: auto }
 """
 
 
+def data_path(page: str | os.PathLike[str]) -> Path:
+    """Return where the figures of a page are written: beside it."""
+    return Path(page).with_suffix(".json")
+
+
 def write_report(bench: Bench, path: str | os.PathLike[str]) -> Path:
     """Write the page, and the figures as JSON beside it.
 
@@ -48,8 +53,7 @@ def write_report(bench: Bench, path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: matplotlib or Pillow is not installed, or a file cannot be written.
     """
-    target = Path(path)
-    data = target.with_suffix(".json")
+    target, data = Path(path), data_path(path)
     page = _page(bench)
     try:
         data.write_text(json.dumps(bench.to_dict(), indent=1) + "\n", encoding="utf-8")
