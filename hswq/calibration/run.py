@@ -220,6 +220,13 @@ class SamplingRun:
             return self._sampler.arguments(sample, self.guidance)
         return self._sampler.prompted(given[index % len(given)], self.guidance)
 
+    def facts(self) -> dict[str, Any]:
+        """Return the settings, and by what bytes prompts count: another encoder gives others."""
+        given = self._conditioning
+        if not isinstance(given, Embeddings):
+            return self.settings()
+        return {**self.settings(), "embeddings": given.hash()}
+
     def settings(self) -> dict[str, Any]:
         """Return what the statistics depend on beside the checkpoint and the samples."""
         return {

@@ -64,7 +64,7 @@ def bench_files(
     """
     paths = [Path(path) for path in files]
     seeds = list(range(config.seed, config.seed + config.seeds))
-    with open_source(src) as source, quiet_libraries(), memory_told():
+    with open_source(src) as source, quiet_libraries(), memory_told(config):
         for file in paths:
             _check_family(file, source)
         sampling = prepare_sampling(source, config, progress, vae=True)

@@ -27,10 +27,11 @@ from hswq.config import CalibrationConfig
 from hswq.driver.compensate import RoundedParts, write_codes
 from hswq.driver.paths import check_outputs
 from hswq.driver.ranks import Ranks, joined_ranks
-from hswq.driver.sampling import Encodings, memory_told, prepare_sampling
+from hswq.driver.sampling import Encodings, machine_facts, memory_told, prepare_sampling
 from hswq.driver.source import Source, open_source
 from hswq.driver.work import WorkFolder
 from hswq.errors import InputError
+from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import place_copy
 from hswq.models.fingerprint import fingerprint
 from hswq.models.quiet import quiet_libraries
@@ -68,8 +69,8 @@ def calibrate_checkpoint(
         Statistics of every Linear and Conv2d of the denoiser, with the traced map and the
         fingerprint of the checkpoint.
     Raises:
-        InputError: the checkpoint, a component or the prompts cannot be used, or the work folder
-            holds a run with other options.
+        InputError: the checkpoint, a component or the prompts cannot be used, an output cannot or
+            must not be written, or the work folder holds a run with other options.
         FormatError: a file is damaged.
         RankError: another process of the run has ended.
     """
@@ -79,11 +80,12 @@ def calibrate_checkpoint(
             "compensated codes need a file: give calibrate_checkpoint an output, beside which they "
             "are written."
         )
-    if output is not None:
-        check_outputs(src, config, output, codes_path(output))
     with ExitStack() as opened:
-        source = opened.enter_context(open_source(src))
+        # Before all that may fail on one machine alone: the others would wait for it.
         ranks = opened.enter_context(joined_ranks())
+        if output is not None:
+            check_outputs(src, config, output, codes_path(output))
+        source = opened.enter_context(open_source(src))
         if output is None:
             target = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "statistics"
         else:
@@ -111,17 +113,21 @@ def calibrate_source(
     Compensated codes stay in the work folder.
     """
     config = config.settled()
-    work.agree(run_facts(config, CalibrationConfig))
-    # Every process has the folder before one of them writes a part.
-    ranks.wait()
-    sampling = prepare_sampling(source, config, progress, encodings=encodings)
-    model_map = sampling.model_map
-    with quiet_libraries(), memory_told():
+
+    def agree(facts: dict[str, Any]) -> None:
+        # A process that does another job must not note its facts for all.
+        ranks.agree(facts)
+        work.agree(facts)
+
+    agree({**run_facts(config, CalibrationConfig), **machine_facts(config)})
+    with quiet_libraries(), memory_told(config):
+        sampling = prepare_sampling(source, config, progress, encodings=encodings)
+        model_map = sampling.model_map
         run = SamplingRun(sampling.pipeline, sampling.sampler, config, sampling.conditioning)
         identity = fingerprint(source.checkpoint, model_map)
-        work.agree({"checkpoint": identity, **run.settings()})
-        calibration = _sample(run, work, ranks, progress)
-        calibration.model_map, calibration.fingerprint = model_map, identity
+        agree({"checkpoint": identity, **run.facts()})
+        calibration = _sample(run, identity, work, ranks, progress)
+        calibration.model_map = model_map
         try:
             check_calibration(calibration, run.dtype)
         except InputError:
@@ -152,12 +158,15 @@ def run_facts(config: CalibrationConfig, kind: type[CalibrationConfig]) -> dict[
     return {**found, "hswq": hswq.__version__, "torch": torch.__version__}
 
 
-def _sample(run: SamplingRun, work: WorkFolder, ranks: Ranks, progress: Progress) -> Calibration:
+def _sample(
+    run: SamplingRun, identity: str, work: WorkFolder, ranks: Ranks, progress: Progress
+) -> Calibration:
     """Run the samples that are missing, one part each, and merge all."""
 
     def part(index: int) -> Path:
         return work.path / f"sample-{index:05}.safetensors"
 
+    work.drop_damaged("sample-*", lambda path: Checkpoint.open(path).close())
     ranks.exchange(work.path, "sample-*")
     mine = ranks.share([index for index in run.indices if not part(index).is_file()])
     ranks.wait()
@@ -166,10 +175,18 @@ def _sample(run: SamplingRun, work: WorkFolder, ranks: Ranks, progress: Progress
         def report(phase: str, done: int, total: int, position: int = position) -> None:
             progress(phase, position * total + done, len(mine) * total)
 
-        run.observe([index], report).save(part(index))
+        found = run.observe([index], report)
+        found.fingerprint = identity
+        found.save(part(index))
     ranks.exchange(work.path, "sample-*")
-    parts = (Calibration.load(part(index)) for index in run.indices)
-    return reduce(Calibration.merge, parts)
+    whole = reduce(Calibration.merge, (Calibration.load(part(index)) for index in run.indices))
+    if whole.fingerprint != identity:
+        raise InputError(
+            f"{work.path} holds samples of another checkpoint: delete the folder to start anew."
+        )
+    # Nobody removes a part before all have read it.
+    ranks.wait()
+    return whole
 
 
 def _measure_impact(
@@ -182,21 +199,30 @@ def _measure_impact(
 ) -> None:
     """Measure with the codes that files will have."""
 
+    def read(file: Path) -> Impact:
+        return Impact.from_json(file.read_text("utf-8"))
+
     def gather() -> Impact:
+        work.drop_damaged("impact-*", read)
         ranks.exchange(work.path, "impact-*")
         found = Impact({}, impact_options(config), len(calibration.records))
         for file in work.parts("impact-*"):
-            for name, changes in Impact.from_json(file.read_text("utf-8")).partial.items():
+            for name, changes in read(file).partial.items():
                 found.partial[name] = max(changes, found.partial.get(name, ()), key=len)
-        # Nobody writes before all have read.
-        ranks.wait()
         return found
+
+    calibration.impact = gather()
+    # A name of its own for every attempt: under an older one other machines would take what they
+    # have of it for this.
+    before = [int(file.stem.removeprefix("impact-")) for file in work.parts("impact-*")]
+    part = f"impact-{max(before, default=-1) + 1 + ranks.rank:05}.json"
+    # Nobody writes before all have read.
+    ranks.wait()
 
     def save() -> None:
         if calibration.impact is not None:
-            work.write(f"impact-{ranks.rank:05}.json", calibration.impact.to_json())
+            work.write(part, calibration.impact.to_json())
 
-    calibration.impact = gather()
     with ExitStack() as opened:
         rounder = None
         if calibration.codes is not None and calibration.model_map is not None:

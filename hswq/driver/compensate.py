@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,26 +98,47 @@ def write_codes(
     """
     job = _Rounding(source, model_map, calibration, config)
     target = work.path / "codes.safetensors"
+    work.drop_damaged("codes*", job.check)
     ranks.exchange(work.path, "codes*")
     finished = target.is_file()
     missing = [] if finished else job.missing(work.parts("codes-*"))
     ranks.wait()
     if finished:
         return target
-    tasks = ranks.share(_tasks(missing, run, calibration, config, ranks.size))
+    # All divide alike, whose GPU may have more or less free.
+    memory = ranks.least(gram_memory(config.gram_bytes, run.device))
+    tasks = deque(ranks.share(_tasks(missing, run, calibration, memory, ranks.size)))
     done, total = 0, sum(len(units) for units, _ in tasks)
-    for number, (units, layers) in enumerate(tasks):
-        grams: dict[str, Gram] = {}
-        if layers:
-            with gather_grams(run.denoiser, layers, config.backend) as grams:
-                run.sample(run.indices, f"gram {number + 1}/{len(tasks)}", progress)
-        # Units are disjoint, so that the first of them names the part.
-        with job.writer(work.path / f"codes-{job.number(units[0]):05}.safetensors", units) as part:
-            for unit, rounded in job.round_all(units, grams):
-                part.write(unit.key, *rounded)
-                done += 1
-                progress("round", done, total)
-            part.commit()
+    number, count = 1, len(tasks)
+    while tasks:
+        units, layers = tasks.popleft()
+        try:
+            grams: dict[str, Gram] = {}
+            if layers:
+                with gather_grams(run.denoiser, layers, config.backend) as grams:
+                    run.sample(run.indices, f"gram {number}/{count}", progress)
+            # Units are disjoint, so that the first of them names the part.
+            path = work.path / f"codes-{job.number(units[0]):05}.safetensors"
+            with job.writer(path, units) as part:
+                for position, (unit, rounded) in enumerate(job.round_all(units, grams), 1):
+                    part.write(unit.key, *rounded)
+                    progress("round", done + position, total)
+                part.commit()
+            done += len(units)
+            number += 1
+            continue
+        except torch.OutOfMemoryError as error:
+            if len(layers) < 2:
+                raise
+            logger.warning(
+                "%d Gram matrices are too many for the GPU (%s): they are gathered in halves",
+                len(layers),
+                str(error).splitlines()[0],
+            )
+        # Outside of the block, whose error holds what filled the memory.
+        del grams
+        tasks.extendleft(reversed(_halves(units, layers)))
+        count += 1
     ranks.exchange(work.path, "codes-*")
     if ranks.is_first:
         job.join(work.parts("codes-*"), target)
@@ -131,13 +153,17 @@ def write_codes(
     return target
 
 
+# Units, and the layers whose Gram matrices serve them.
+_Task = tuple[list[Unit], list[GramLayer]]
+
+
 def _tasks(
     units: Sequence[Unit],
     run: SamplingRun,
     calibration: Calibration,
-    config: CalibrationConfig,
+    memory: int,
     processes: int,
-) -> list[tuple[list[Unit], list[GramLayer]]]:
+) -> list[_Task]:
     """Divide units by the sampling runs that give their Gram matrices; at least one a process."""
     wanted = {unit.modules[0].name: unit for unit in units}
     watched = [
@@ -146,16 +172,23 @@ def _tasks(
         if any(name in wanted for name in layer.sharing)
     ]
     whole = sum(layer.nbytes for layer in watched)
-    memory = gram_memory(config.gram_bytes, run.device)
-    tasks = []
-    for group in gram_groups(watched, min(memory, -(-whole // processes))):
-        names = {name for layer in group for name in layer.sharing}
-        tasks.append(([unit for unit in units if unit.modules[0].name in names], group))
+    groups = gram_groups(watched, min(memory, -(-whole // processes)))
+    tasks = [_served(units, group) for group in groups]
     served = {unit.key for members, _ in tasks for unit in members}
     # Grouped convolutions have no Gram matrix.
     if rest := [unit for unit in units if unit.key not in served]:
         tasks.append((rest, []))
     return tasks
+
+
+def _served(units: Sequence[Unit], layers: list[GramLayer]) -> _Task:
+    names = {name for layer in layers for name in layer.sharing}
+    return [unit for unit in units if unit.modules[0].name in names], layers
+
+
+def _halves(units: Sequence[Unit], layers: list[GramLayer]) -> list[_Task]:
+    middle = len(layers) // 2
+    return [_served(units, layers[:middle]), _served(units, layers[middle:])]
 
 
 # What a weight becomes: codes, scale, corrected bias, and the figures that are kept of it.
@@ -207,8 +240,36 @@ class _Rounding:
             codes_options(self._config),
         )
 
+    def check(self, path: Path) -> None:
+        """Refuse a part that was made from another checkpoint, or otherwise.
+
+        Raises:
+            InputError: it was.
+            FormatError: it is damaged.
+        """
+        with Codes(path) as part:
+            found = part.fingerprint, part.settings, part.options
+        calibration = self._calibration
+        wanted = (
+            calibration.fingerprint or "",
+            calibration.run_settings(),
+            codes_options(self._config),
+        )
+        if json.loads(json.dumps(found)) != json.loads(json.dumps(wanted)):
+            raise InputError(
+                f"{path} was made from another checkpoint or with other options: it cannot be "
+                f"joined with the others. Delete {path.parent} to start anew."
+            )
+
     def join(self, parts: Sequence[Path], target: Path) -> None:
-        """Make the file of all units from those of some."""
+        """Make the file of all units from those of some.
+
+        Raises:
+            InputError: one was made from another checkpoint, or otherwise.
+            FormatError: one is damaged.
+        """
+        for path in parts:
+            self.check(path)
         if len(parts) == 1:
             parts[0].replace(target)
             return
@@ -223,32 +284,55 @@ class _Rounding:
             path.unlink()
 
     def round_all(
-        self, units: Sequence[Unit], grams: Mapping[str, Gram]
+        self, units: Sequence[Unit], grams: dict[str, Gram]
     ) -> Iterator[tuple[Unit, _Written]]:
         """Round units, several at a time: those that share a Gram matrix together.
 
         Factorizing runs on one thread, so that its bytes do not depend on their number; what is
-        left of the threads takes other matrices, as far as these fit into the memory for Gram
-        matrices once more.
+        left of the threads takes other matrices, as far as these and what is made of them fit into
+        the memory for Gram matrices. It grows as matrices are done, which are then freed.
+
+        Args:
+            units: to round.
+            grams: Gram matrices by layer; emptied.
         """
+        tasks = self._sharing(units, grams)
+        grams.clear()
+        held = {id(gram): gram.matrix.nbytes for gram, _ in tasks if gram is not None}
+        room = self._config.gram_bytes - sum(held.values())
+        threads = torch.get_num_threads()
+        # With each, what it will have freed: the matrix itself with the last of its tasks.
+        waiting: deque[tuple[int, Future[list[tuple[Unit, _Written]]]]] = deque()
+        # torch counts threads per thread.
+        pool = ThreadPoolExecutor(threads, "round", torch.set_num_threads, (1,))
+        with one_thread(), pool:
+            while tasks or waiting:
+                while tasks and len(waiting) < threads:
+                    cost = 0 if tasks[0][0] is None else factors_bytes(tasks[0][0])
+                    if waiting and cost > room:
+                        break
+                    own, task = id(tasks[0][0]), tasks.popleft()
+                    freed = cost
+                    if all(id(other) != own for other, _ in tasks):
+                        freed += held.pop(own, 0)
+                    room -= cost
+                    waiting.append((freed, pool.submit(self._round_shared, *task)))
+                    del task
+                freed, future = waiting.popleft()
+                yield from future.result()
+                room += freed
+
+    def _sharing(
+        self, units: Sequence[Unit], grams: Mapping[str, Gram]
+    ) -> deque[tuple[Gram | None, list[Unit]]]:
+        """Return which units share a Gram matrix, and their mean inputs or not."""
         shared: dict[tuple[int, bool], tuple[Gram | None, list[Unit]]] = {}
         for unit in units:
             gram = grams.get(unit.modules[0].name)
             own = id(unit) if gram is None else id(gram)
             key = own, unit.key in self._biases
             shared.setdefault(key, (gram, []))[1].append(unit)
-        tasks = deque(shared.values())
-        needed = max((factors_bytes(gram) for gram, _ in tasks if gram is not None), default=1)
-        threads = torch.get_num_threads()
-        workers = max(1, min(threads, self._config.gram_bytes // needed))
-        waiting: deque[Future[list[tuple[Unit, _Written]]]] = deque()
-        # torch counts threads per thread.
-        pool = ThreadPoolExecutor(workers, "round", torch.set_num_threads, (1,))
-        with one_thread(), pool:
-            while tasks or waiting:
-                while tasks and len(waiting) < workers:
-                    waiting.append(pool.submit(self._round_shared, *tasks.popleft()))
-                yield from waiting.popleft().result()
+        return deque(shared.values())
 
     def _round_shared(
         self, gram: Gram | None, units: Sequence[Unit]

@@ -85,7 +85,9 @@ def quantize_one(
     """Do what `quantize_checkpoint` does, with embeddings that other checkpoints may share."""
     watch = Stopwatch()
     target, *_ = check_outputs(src, config, dst, config.save_stats)
-    with memory_told(), open_source(src) as source, ExitStack() as resources:
+    samples = calibration is None and config.stats is None
+    told = memory_told(config, samples=samples)
+    with told, open_source(src) as source, ExitStack() as resources:
         job, warnings = _prepare(
             source, config, calibration, watch, progress, resources, target, encodings
         )
@@ -129,7 +131,9 @@ def plan_checkpoint(
         The errors of `quantize_checkpoint`.
     """
     watch = Stopwatch()
-    with open_source(src) as source, ExitStack() as resources:
+    samples = calibration is None and config.stats is None
+    told = memory_told(config, samples=samples)
+    with told, open_source(src) as source, ExitStack() as resources:
         job, _ = _prepare(source, config, calibration, watch, progress, resources)
         wanted = [source.checkpoint.tensors[key] for key, it in job.layers.items() if it.quantized]
         results = {}

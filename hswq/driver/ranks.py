@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-from hswq.errors import RankError
+from hswq.driver.roll import Roll
+from hswq.errors import InputError, Interrupted, RankError
 from hswq.processes import rank_of_environment
 
 _Item = TypeVar("_Item")
@@ -28,8 +29,10 @@ _Result = TypeVar("_Result")
 _PIECE_BYTES = 1 << 20
 # One waits at most so long for the slowest: shares of a long run are not equally long.
 _PATIENCE = timedelta(days=7)
-# How long the living have to say so, after one of them was lost.
-_ROLL_CALL = timedelta(seconds=20)
+# Machines that are to join start within a few minutes of each other, or not at all.
+_JOINING = timedelta(minutes=10)
+# Facts that name files: each machine has its own folders, and their contents count elsewhere.
+_PATHS = ("--pipeline", "--calib-file", "--embeddings", "--text-encoder")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     _group: Any = None
-    _store: Any = None
+    _roll: Roll | None = None
 
     @property
     def is_first(self) -> bool:
@@ -62,6 +65,7 @@ class Ranks:
 
         Raises:
             RankError: a process has ended.
+            InputError: a file cannot be copied.
         """
         if self.size == 1:
             return
@@ -74,6 +78,40 @@ class Ranks:
             if len(having) == self.size:
                 continue
             self._send_file(folder / name, having[0])
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Let all make sure that they do one job.
+
+        Args:
+            facts: JSON values that must be equal, by the names by which a user knows them; those
+                that name files are passed over.
+        Raises:
+            InputError: one is another in one of the processes.
+            RankError: a process has ended.
+        """
+        if self.size == 1:
+            return
+        mine = {name: value for name, value in facts.items() if name not in _PATHS}
+        told: list[dict[str, Any]] = [json.loads(text) for text in self._gather(_bytes(mine))]
+        for rank, theirs in enumerate(told):
+            for name in sorted(told[0].keys() | theirs.keys()):
+                first, other = told[0].get(name), theirs.get(name)
+                if first != other:
+                    raise InputError(
+                        f"rank {rank} does another job than rank 0: {name} is {other!r} there and "
+                        f"{first!r} on rank 0. Start all ranks with the same command, checkpoint "
+                        "and kind of machine."
+                    )
+
+    def least(self, value: int) -> int:
+        """Return the least of what all processes give.
+
+        Raises:
+            RankError: a process has ended.
+        """
+        if self.size == 1:
+            return value
+        return min(int(json.loads(text)) for text in self._gather(_bytes(value)))
 
     def wait(self) -> None:
         """Return when all processes have come here.
@@ -104,7 +142,11 @@ class Ranks:
         return self._guarded(collect)
 
     def _send_file(self, path: Path, source: int) -> None:
-        """Let the processes that lack a file receive it, piece by piece."""
+        """Let the processes that lack a file receive it, piece by piece.
+
+        Raises:
+            InputError: the disk refuses.
+        """
         is_source, lacks = self.rank == source, not path.is_file()
         temporary = path.with_name(f".{path.name}.{self.rank}")
 
@@ -117,7 +159,7 @@ class Ranks:
                 for offset in range(0, int(size), _PIECE_BYTES):
                     piece = torch.zeros(min(_PIECE_BYTES, int(size) - offset), dtype=torch.uint8)
                     if file is not None:
-                        file.readinto(piece.numpy().data)
+                        _read_into(file, piece.numpy().data)
                     torch.distributed.broadcast(piece, source, group=self._group)
                     if copy is not None:
                         copy.write(piece.numpy().data)
@@ -125,38 +167,29 @@ class Ranks:
                     copy.flush()
                     os.fsync(copy.fileno())
 
-        self._guarded(send)
-        if lacks:
-            temporary.replace(path)
+        try:
+            self._guarded(send)
+            if lacks:
+                temporary.replace(path)
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be copied between the ranks: {error.strerror or error}. Free disk "
+                "space, or look after the disk; the same command goes on."
+            ) from error
+        finally:
+            if lacks:
+                temporary.unlink(missing_ok=True)
 
     def _guarded(self, work: Callable[[], _Result]) -> _Result:
         """Turn the failure of a transfer into an error that names who is missing."""
         try:
             return work()
         except RuntimeError as error:
-            missing = self._missing()
-            named = f"rank {', '.join(map(str, missing))}" if missing else "a rank"
+            cause = "" if self._roll is None else self._roll.cause()
             raise RankError(
-                f"{named} of {self.size} ended before the others; its own output says why. What "
-                "was finished is kept: start all ranks again to go on."
+                f"{cause or f'a rank of {self.size} ended before the others'}; its own output says "
+                "why. What was finished is kept: start all ranks again to go on."
             ) from error
-
-    def _missing(self) -> list[int]:
-        """Call the roll: the living say so in the store. Without one nobody is known."""
-        if self._store is None:
-            return []
-        try:
-            self._store.set(f"hswq/alive/{self.rank}", "yes")
-        except RuntimeError:
-            # The store lives in the process of rank 0, or in torchrun beside it.
-            return [0]
-        missing = []
-        for rank in range(self.size):
-            try:
-                self._store.wait([f"hswq/alive/{rank}"], _ROLL_CALL)
-            except RuntimeError:
-                missing.append(rank)
-        return missing
 
 
 @contextmanager
@@ -168,6 +201,8 @@ def joined_ranks() -> Iterator[Ranks]:
 
     Raises:
         RankError: the others cannot be reached.
+        OptionError: the environment holds no numbers.
+        Interrupted: in place of an interruption, where the loss of another process came before.
     """
     rank, size = rank_of_environment()
     if size == 1:
@@ -181,16 +216,43 @@ def joined_ranks() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        store, rank, size = next(rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://", timeout=_JOINING))
         torch.distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE
+            "gloo", store=store, rank=rank, world_size=size, timeout=_JOINING
         )
+        group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"rank {rank} of {size} cannot join the others: {error}.") from error
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    roll = Roll(store, rank, size, hosted=hosted)
+    ranks = Ranks(rank, size, group, roll)
     try:
-        yield Ranks(rank, size, torch.distributed.group.WORLD, store)
+        yield ranks
+        roll.stop()
+        # Nobody asks the store any more when it ends with its process.
+        ranks.wait()
+    except BaseException as error:
+        cause = roll.leave(error)
+        if cause and isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"{str(error) or 'interrupted'}; before, {cause}") from error
+        raise
     finally:
+        roll.stop()
         torch.distributed.destroy_process_group()
+
+
+def _read_into(file: BinaryIO, view: memoryview) -> None:
+    """Read as many bytes as are wanted.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(f"it ends {len(view) - done} bytes early")
+        done += count
 
 
 def _bytes(value: Any) -> bytes:

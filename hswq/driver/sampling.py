@@ -22,7 +22,7 @@ from hswq.calibration import (
     prompts_hash,
     sampling_settings,
 )
-from hswq.config import CalibrationConfig
+from hswq.config import BenchConfig, CalibrationConfig
 from hswq.driver.source import Source
 from hswq.errors import BackendError, InputError
 from hswq.models.denoiser import denoiser_config
@@ -199,20 +199,42 @@ def _free_cached_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
+def memory_told(config: CalibrationConfig, *, samples: bool = True) -> Iterator[None]:
     """Say what a GPU without enough memory can do.
 
+    Args:
+        config: options of the command, of which some are cures.
+        samples: whether the command runs the sampler.
     Raises:
         InputError: in place of torch's OutOfMemoryError.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"the GPU has too little memory ({str(error).splitlines()[0]}). Close other programs "
-            "on it, use a smaller --latent, --gram-memory or --batch, --calib-dtype bf16, or "
-            "--sequential-offload or --device cpu. What was finished is kept."
-        ) from error
+        going_on, anew = _cures(config, samples)
+        text = f"the GPU has too little memory ({str(error).splitlines()[0]}). Close other programs"
+        text += f" on it, or use {' or '.join([*going_on, *anew])}."
+        if going_on:
+            text += f" What was finished is kept, and is of use with {' and '.join(going_on)}."
+        raise InputError(text) from error
+
+
+def _cures(config: CalibrationConfig, samples: bool) -> tuple[list[str], list[str]]:
+    """Return the options that need less memory: those that no finished part depends on, others."""
+    going_on, anew = [], []
+    if samples and isinstance(config, BenchConfig):
+        if config.batch > 1:
+            anew.append("a smaller --batch")
+    elif samples and config.rounding != "nearest":
+        going_on.append("a smaller --gram-memory")
+    if samples:
+        cures = anew if isinstance(config, BenchConfig) else going_on
+        if not config.sequential_offload:
+            cures.append("--sequential-offload")
+        anew.append("a smaller --latent")
+        if config.calib_dtype in ("auto", "fp32"):
+            anew.append("--calib-dtype bf16")
+    return going_on, [*anew, "--device cpu"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -222,13 +244,31 @@ def resolve_device(name: str) -> torch.device:
         BackendError: cuda was asked for and torch sees no GPU.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             "--device cuda was asked for, but this torch sees no GPU: use --device cpu, or install "
             "a torch build for your GPU."
         )
-    return torch.device(name)
+    # With its number: some libraries take "cuda" for the first one, whatever rank asks.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def machine_facts(config: CalibrationConfig) -> dict[str, Any]:
+    """Return what beside the options decides the bytes of a denoiser's outputs.
+
+    Libraries choose their kernels, and so the order of their sums, by these.
+
+    Raises:
+        BackendError: cuda was asked for and torch sees no GPU.
+    """
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        return {"device": f"cuda ({torch.cuda.get_device_name(device)})"}
+    return {
+        "device": f"{device.type} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+    }
 
 
 def calibration_dtype(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hswq.errors import InputError, Interrupted
+from hswq.errors import FormatError, InputError, Interrupted
 from hswq.formats.writer import remove_abandoned
+
+logger = logging.getLogger(__name__)
 
 _JOB = "job.json"
 _LOCK = ".lock"
+# What a run that was killed before it noted its options may have left.
+_BEFORE_JOB = (_LOCK, f".{_JOB}.", ".hswq-")
 
 
 class WorkFolder:
@@ -32,7 +39,7 @@ class WorkFolder:
         output: the file that the run is to write.
         shared: whether other processes of the same run use the folder, and lock and remove it.
     Raises:
-        InputError: on entry: the folder cannot be made, or another run uses it.
+        InputError: on entry: the folder cannot be made, is none of ours, or another run uses it.
     """
 
     def __init__(self, output: Path, *, shared: bool = False) -> None:
@@ -45,6 +52,7 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         try:
             self.path.mkdir(exist_ok=True)
+            self._check_ours()
             if self._owner:
                 self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, mode=0o666)
                 _claim(self._lock, self.path)
@@ -70,7 +78,7 @@ class WorkFolder:
         kept = not done and bool(self.parts("*"))
         # At the end every process removes what it can see: nodes may have folders of their own.
         if done or (not kept and self._owner):
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove()
         self._unlock()
         if kept and isinstance(error, KeyboardInterrupt):
             raise Interrupted(
@@ -92,25 +100,36 @@ class WorkFolder:
         Args:
             facts: JSON values by the names by which a user knows them.
         Raises:
-            InputError: one of the facts is another in the folder, or its list is damaged.
+            InputError: one of the facts is another in the folder or not known there, or its list
+                is damaged.
         """
         wanted = json.loads(json.dumps(dict(facts)))
         path = self.path / _JOB
-        try:
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            differing = [name for name in wanted if known.get(name, wanted[name]) != wanted[name]]
-        except (ValueError, AttributeError) as error:
-            raise InputError(
-                f"{path} is damaged ({error}): delete {self.path} to start anew."
-            ) from error
-        if differing and self.parts("*"):
-            listed = "; ".join(
-                f"{name} is {known[name]!r} there and {wanted[name]!r} here" for name in differing
-            )
-            raise InputError(
-                f"{self.path} holds an unfinished run with other options: {listed}. Give those "
-                "options to go on with it, or delete the folder to start anew."
-            )
+        known: dict[str, Any] = {}
+        # Without parts nothing depends on what another run noted.
+        if self.parts("*"):
+            try:
+                known = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(
+                    f"{path} is damaged ({error}), which tells what the parts beside it were made "
+                    f"with: delete {self.path} to start anew."
+                ) from error
+            if differing := [name for name in wanted if known.get(name, _Unknown) != wanted[name]]:
+                listed = "; ".join(
+                    f"{name} is {known[name]!r} there and {wanted[name]!r} here"
+                    if name in known
+                    else f"{name} is not known there and {wanted[name]!r} here"
+                    for name in differing
+                )
+                raise InputError(
+                    f"{self.path} holds an unfinished run with other options: {listed}. Give those "
+                    "options to go on with it, or delete the folder to start anew."
+                )
+        elif path.is_file():
+            # The same run notes its facts in two steps.
+            with contextlib.suppress(ValueError, TypeError):
+                known = dict(json.loads(path.read_text(encoding="utf-8")))
         self.write(_JOB, json.dumps({**known, **wanted}, indent=1))
 
     def clear(self) -> None:
@@ -118,26 +137,83 @@ class WorkFolder:
         for path in self.parts("*"):
             path.unlink(missing_ok=True)
 
+    def drop_damaged(self, pattern: str, check: Callable[[Path], object]) -> None:
+        """Remove parts that cannot be read, after a power cut for example: they are made again.
+
+        Args:
+            pattern: of their names.
+            check: called with each; raises FormatError where it is damaged.
+        """
+        for path in self.parts(pattern):
+            try:
+                check(path)
+            except (FormatError, UnicodeDecodeError) as error:
+                logger.warning("%s is damaged and is made again: %s", path, error)
+                path.unlink(missing_ok=True)
+            except InputError:
+                # Another process of the run may have removed it.
+                if path.exists():
+                    raise
+
     def write(self, name: str, text: str) -> None:
-        """Write a small part, which appears only when it is complete.
+        """Write a small part, which appears only when it is complete and on the disk.
 
         Raises:
             InputError: the disk refuses.
         """
-        temporary = self.path / f".{name}.{os.getpid()}"
+        # Process numbers repeat between containers.
+        temporary = self.path / f".{name}.{secrets.token_hex(8)}"
         try:
             temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
             temporary.replace(self.path / name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise InputError(
                 f"{self.path / name} cannot be written: {error.strerror}. Free disk space, or give "
                 "an output on another disk."
             ) from error
 
+    def _check_ours(self) -> None:
+        """Refuse a folder that another program, or its user, has filled.
+
+        Raises:
+            InputError: it has.
+        """
+        names = os.listdir(self.path)
+        others = sorted(name for name in names if not name.startswith(_BEFORE_JOB))
+        if others and _JOB not in names:
+            raise InputError(
+                f"{self.path} holds {others[0]!r} and no {_JOB}, by which a work folder of hswq is "
+                "known: it is left as it is. Move it away, or choose another output."
+            )
+
+    def _remove(self) -> None:
+        """Remove the folder, and last what tells whose parts are in it: a kill may come between."""
+        with contextlib.suppress(OSError):
+            for path in list(self.path.iterdir()):
+                if path.name not in (_JOB, _LOCK):
+                    path.unlink(missing_ok=True)
+            (self.path / _JOB).unlink(missing_ok=True)
+            shutil.rmtree(self.path)
+
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+class _Unknown:
+    """Differs from every fact."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _claim(descriptor: int, path: Path) -> None:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,15 +11,11 @@ import pytest
 import hswq
 from hswq.calibration import SamplingRun
 from hswq.driver.work import WorkFolder
-from hswq.errors import InputError, Interrupted, RankError
-from hswq.fast.__main__ import main
+from hswq.errors import InputError, Interrupted
+from tests.driver.started import arguments, files_of, interrupt_at, started, wait_for
 from tests.tiny import Tiny, tiny_calibration_config
 
 BEST = {"preset": "best", "samples": 2, "calls": 2, "gram_memory": "8MB"}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +27,6 @@ def whole(tiny: Tiny, tmp_path_factory) -> dict[str, bytes]:
     found = files_of(folder)
     assert sorted(found) == ["s.codes.safetensors", "s.safetensors"]
     return found
-
-
-def interrupt_at(wanted: str, count: int):
-    """Return a progress that is interrupted at a report, and what it saw."""
-    seen: list[str] = []
-
-    def report(phase: str, done: int, total: int) -> None:
-        seen.append(phase)
-        if phase.startswith(wanted) and seen.count(phase) == count:
-            raise KeyboardInterrupt
-
-    return report, seen
 
 
 @pytest.mark.parametrize(
@@ -163,59 +141,6 @@ def test_failed_run_without_parts_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["s.hswq-work"]
 
 
-def arguments(tiny: Tiny, output: Path, samples: int, *options: str) -> list[str]:
-    sampling = ["--samples", str(samples), "--steps", "2", "--latent", "8", "--quiet"]
-    paths = ["--input", str(tiny.checkpoint), "--pipeline", str(tiny.pipeline)]
-    return ["calibrate", *paths, "--output", str(output), *sampling, *options]
-
-
-@contextmanager
-def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a process of the command line; it does not outlive the test.
-
-    It has one thread, as torchrun gives it: several of more threads than cores wait for each other
-    at every operation.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-@contextmanager
-def started_ranks(commands: list[list[str]], port: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start one process a command, which find each other without torchrun."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                started(
-                    ["hswq.fast", *command],
-                    **address,
-                    WORLD_SIZE=str(len(commands)),
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                )
-            )
-            for rank, command in enumerate(commands)
-        ]
-
-
-def wait_for(paths: Path, pattern: str, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 300
-    while not list(paths.glob(pattern)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_stops_where_it_is_safe(tiny: Tiny, tmp_path: Path, number: signal.Signals) -> None:
@@ -230,83 +155,3 @@ def test_signal_stops_where_it_is_safe(tiny: Tiny, tmp_path: Path, number: signa
     assert "stopping at the next safe point" in errors
     assert f"kept in {tmp_path / 's.hswq-work'}; the same command goes on" in errors
     assert not path.exists()
-
-
-@pytest.fixture(scope="module")
-def one_process(tiny: Tiny, tmp_path_factory) -> dict[str, bytes]:
-    """Statistics and codes of a run in a process of its own, by name."""
-    folder = tmp_path_factory.mktemp("one")
-    command = arguments(tiny, folder / "s.safetensors", 3, "--preset", "best", "--calls", "2")
-    with started(["hswq.fast", *command]) as process:
-        assert process.communicate() == (None, "")
-    return files_of(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_give_the_same_bytes(
-    tiny: Tiny, one_process: dict[str, bytes], tmp_path: Path, count: int
-) -> None:
-    """Statistics of four GPUs must be those of one, and the files made from them too."""
-    command = arguments(tiny, tmp_path / "s.safetensors", 3, "--preset", "best", "--calls", "2")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    with started([*launcher, "-m", "hswq.fast", *command]) as process:
-        _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    assert files_of(tmp_path) == one_process
-
-
-@pytest.mark.slow
-def test_machines_without_a_shared_disk(
-    tiny: Tiny, one_process: dict[str, bytes], tmp_path: Path
-) -> None:
-    """Parts of the other machine come over the network; only the first one writes the output."""
-    folders = [tmp_path / "first", tmp_path / "second"]
-    for folder in folders:
-        folder.mkdir()
-    options = ["--preset", "best", "--calls", "2"]
-    commands = [arguments(tiny, folder / "s.safetensors", 3, *options) for folder in folders]
-    with started_ranks(commands, 29573) as ranks:
-        for process in ranks:
-            assert process.communicate(timeout=600) == (None, "")
-            assert process.returncode == 0
-    assert files_of(folders[0]) == one_process
-    assert files_of(folders[1]) == {}
-
-
-@pytest.mark.slow
-def test_lost_process_is_named_and_parts_are_kept(tiny: Tiny, tmp_path: Path) -> None:
-    """Of eight processes on two machines one must know which one to look after."""
-    path = tmp_path / "s.safetensors"
-    command = arguments(tiny, path, 24, "--preset", "seed")
-    with started_ranks([command] * 3, 29571) as ranks:
-        wait_for(tmp_path, "s.hswq-work/sample-*", ranks[1])
-        ranks[1].kill()
-        for rank in (0, 2):
-            _, errors = ranks[rank].communicate(timeout=300)
-            assert ranks[rank].returncode == 1
-            assert "RankError: rank 1 of 3 ended before the others" in errors
-    kept = len(list(tmp_path.glob("s.hswq-work/sample-*")))
-    assert 16 <= kept < 24
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("command", ["quantize", "plan"])
-def test_other_commands_run_in_one_process(monkeypatch, capsys, command: str) -> None:
-    """Four processes that write one file would each call it theirs."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "1")
-    output = ["--output", "o.safetensors"] if command == "quantize" else []
-    assert main([command, "--input", "x.safetensors", *output]) == 2
-    assert f"{command} runs in one process, and torchrun has started 4" in capsys.readouterr().err
-
-
-def test_ranks_that_cannot_be_reached(tiny: Tiny, tmp_path: Path, monkeypatch) -> None:
-    """A variable left over from another program must not end in a traceback."""
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_PORT", "no")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(RankError, match="rank 1 of 2 cannot join the others"):
-        hswq.calibrate_checkpoint(
-            tiny.checkpoint, tiny_calibration_config(tiny.pipeline), tmp_path / "s.safetensors"
-        )
