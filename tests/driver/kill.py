@@ -3,8 +3,9 @@
     python -m tests.driver.kill --points 200
 
 Half of the points lie at random times of a run, half at random calls by which files are made,
-written, renamed and removed: those take no time and would hardly ever be hit. Every start is a
-fork of this process, which has imported everything, so that the kills fall into the work.
+written, renamed and removed: those take no time and would hardly ever be hit. After some kills
+another option is tried first: it is refused, or is a run of its own. Every start is a fork of this
+process, which has imported everything, so that the kills fall into the work.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ class Harness:
             "quantize": ["quantize", *given, *sampling, "--output", file],
             "quantize --stats": ["quantize", *given, "--stats", kept, "--output", file],
         }
+        # Another option of each, and what is written with it.
+        self.changed = {
+            "calibrate": [*self.commands["calibrate"], "--seed", "1"],
+            "quantize": [*self.commands["quantize"], "--seed", "1"],
+            "quantize --stats": [*self.commands["quantize --stats"], "--keep-ratio", "0.5"],
+        }
         self.expected: dict[str, dict[str, bytes]] = {}
+        self.otherwise: dict[str, dict[str, bytes]] = {}
+        self.refused = 0
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         for name, command in self.commands.items():
@@ -67,6 +76,10 @@ class Harness:
             if name == "calibrate":
                 for path in self.expected[name]:
                     (folder / path.replace("s.", "kept.", 1)).write_bytes(self.expected[name][path])
+            self._clear()
+            assert self._wait(self._start(self.changed[name])) == 0
+            self.otherwise[name] = self._written()
+            assert self.otherwise[name] != self.expected[name]
 
     def kill(self, name: str, at_call: bool) -> int:
         """Kill a command once or more, let it end, and return the kills.
@@ -81,7 +94,7 @@ class Harness:
         command, kills = self.commands[name], 0
         while kills == 0 or self.random.random() < 0.5:
             if at_call:
-                number = self.random.randrange(self.calls[name])
+                number = self.random.randint(1, self.calls[name])
                 status = self._wait(self._start(command, number))
             else:
                 process = self._start(command)
@@ -94,10 +107,25 @@ class Harness:
             kills += 1
             for path, whole in self.expected[name].items():
                 found = (self.output / path).read_bytes()
-                assert found in (OLD, whole), f"{name}: {path} is incomplete after a kill"
+                known = (OLD, whole, self.otherwise[name].get(path))
+                assert found in known, f"{name}: {path} is incomplete after a kill"
+            if self.random.random() < 0.3:
+                self._try_changed(name)
         assert self._wait(self._start(command)) == 0
         assert self._written() == self.expected[name], f"{name}: other files after {kills} kills"
         return kills
+
+    def _try_changed(self, name: str) -> None:
+        """Start with another option: it is refused, or writes what it writes in an empty folder."""
+        before = {path: (self.output / path).read_bytes() for path in self.expected[name]}
+        status = self._wait(self._start(self.changed[name]))
+        if status == 0:
+            assert self._written() == self.otherwise[name], f"{name}: parts of two runs are mixed"
+            return
+        assert status == 1, status
+        self.refused += 1
+        for path, content in before.items():
+            assert (self.output / path).read_bytes() == content, f"{name}: {path} was refused"
 
     def _clear(self) -> None:
         shutil.rmtree(self.output, ignore_errors=True)
@@ -189,7 +217,8 @@ def main() -> None:
                     what = f"{name}, at {'calls' if at_call else 'times'}"
                     found[what] = found.get(what, 0) + harness.kill(name, at_call)
             print(f"{sum(found.values())} of {options.points}", file=sys.stderr)
-        print(json.dumps({"kills": found, "calls": harness.calls, "seed": options.seed}))
+        told = {"kills": found, "refused": harness.refused, "calls": harness.calls}
+        print(json.dumps({**told, "seed": options.seed}))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def arguments(tiny: Tiny, output: Path, samples: int, *options: str) -> list[str
 
 
 @contextmanager
-def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: list[str], *, stdout: bool = False, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """Start a process of the command line; it does not outlive the test.
 
     It has one thread, as torchrun gives it: several of more threads than cores wait for each other
@@ -44,6 +46,7 @@ def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen
     """
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE if stdout else None,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

@@ -155,3 +155,12 @@ def test_signal_stops_where_it_is_safe(tiny: Tiny, tmp_path: Path, number: signa
     assert "stopping at the next safe point" in errors
     assert f"kept in {tmp_path / 's.hswq-work'}; the same command goes on" in errors
     assert not path.exists()
+
+
+@pytest.mark.slow
+def test_killed_runs_end_in_the_same_files() -> None:
+    """SIGKILL at any time or call leaves no half file, and nothing that changes the next run's."""
+    with started(["tests.driver.kill", "--points", "8", "--seed", "1"], stdout=True) as process:
+        output, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, errors
+    assert sum(json.loads(output)["kills"].values()) >= 8
