@@ -76,8 +76,10 @@ class WorkFolder:
     ) -> None:
         done = error is None and not self.keep
         kept = not done and bool(self.parts("*"))
-        # At the end every process removes what it can see: nodes may have folders of their own.
-        if done or (not kept and self._owner):
+        # At the end every process removes what it can see: nodes may have folders of their own,
+        # in which nobody has locked anything.
+        own = self._owner or not (self.path / _LOCK).exists()
+        if done or (not kept and own):
             self._remove()
         self._unlock()
         if kept and isinstance(error, KeyboardInterrupt):
