@@ -14,6 +14,7 @@ from torch import Tensor
 import hswq
 from hswq import kernels
 from hswq.calibration import Calibration, Codes
+from hswq.calibration.codes import UnitCodes
 from hswq.calibration.gram import MAX_COLUMNS
 from hswq.config import BUDGETS, QuantizeConfig
 from hswq.driver.source import Source
@@ -41,6 +42,7 @@ from hswq.plan import (
     select_layers,
     static_input_scale,
 )
+from hswq.quality.weights import output_sqnr_db
 from hswq.search import AmaxResult, search_amax
 
 QUANTIZABLE_DTYPES = ("F16", "BF16", "F32")
@@ -260,6 +262,8 @@ def make_job(
 
     def outline(layers: Sequence[LayerPlan]) -> Job:
         by_key = dict(zip(units, layers, strict=True))
+        if codes is not None:
+            by_key = {key: _with_codes(it, codes.units[key]) for key, it in by_key.items()}
         job = Job(source, calibration, config, units, by_key, (), 0, device, codes)
         fp8 = {layer.key for layer in job.quantized_layers}
         specs = _model_specs(source, fp8)
@@ -269,25 +273,30 @@ def make_job(
         size = len(json.dumps(upper_bound).encode())
         return replace(job, specs=tuple(specs), metadata_bytes=size)
 
-    def room(fp8: Sequence[str]) -> float:
-        names = set(fp8)
-        layers = [
-            LayerPlan(
-                *(layer.name, layer.kind, layer.shape, layer.name in names),
-                scaled=config.scaled and can_scale(config.container, layer.kind),
-                # As long as the longest that a plan may hold.
-                reason="among the most sensitive",
-                sensitivity=_LONGEST_FLOAT,
-                impact=_LONGEST_FLOAT,
-            )
-            for layer in candidates
-        ]
+    def room(layers: Sequence[LayerPlan]) -> float:
         job = outline(layers)
         size = CheckpointWriter.predict_file_bytes(job.specs, job.metadata_bytes)
         return config.budget[1] - size
 
     preset = keep_preset(FAMILIES[model_map.family], config)
     return outline(select_layers(candidates, config, preset, room))
+
+
+def _with_codes(layer: LayerPlan, unit: UnitCodes) -> LayerPlan:
+    """Return the decision with what is known of a layer's codes."""
+    if not layer.quantized:
+        return layer
+    return replace(
+        layer,
+        rounding="compensated" if unit.compensated else "nearest",
+        output_sqnr_db=output_sqnr_db(unit),
+    )
+
+
+def cast_file_bytes(source: Source, model_map: ModelMap) -> int:
+    """Return the size of a file whose every layer is FP8, without scales and metadata."""
+    keys = {unit.key for unit in model_map.units()}
+    return CheckpointWriter.predict_file_bytes(_model_specs(source, keys), 0)
 
 
 def _model_specs(source: Source, fp8: set[str]) -> list[TensorSpec]:
@@ -332,6 +341,23 @@ def job_warnings(job: Job) -> list[str]:
             f"{len(wide)} layers have more than {MAX_COLUMNS} columns and are compensated in "
             f"blocks of them: {', '.join(wide[:10])}{' …' if len(wide) > 10 else ''}."
         )
+    nearest = [layer for layer in job.layers.values() if layer.rounding == "nearest"]
+    # Read off the codes and not off the run that made them, which may have been another day's.
+    for names, why in (
+        (
+            [layer.name for layer in nearest if layer.output_sqnr_db is None],
+            "they have no usable Gram matrix (no finite inputs, or a grouped convolution)",
+        ),
+        (
+            [layer.name for layer in nearest if layer.output_sqnr_db is not None],
+            "their compensated codes were not better, or could not be computed",
+        ),
+    ):
+        if names:
+            found.append(
+                f"{len(names)} layers are rounded to nearest, since {why}: "
+                f"{', '.join(names[:10])}{' …' if len(names) > 10 else ''}."
+            )
     uncounted = [
         layer.name
         for layer in job.layers.values()

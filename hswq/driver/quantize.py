@@ -150,7 +150,7 @@ def plan_checkpoint(
             return plan
         model_map = source.map_from(job.calibration, config.pipeline)
         candidates = list_candidates(source, model_map, job.calibration)
-        return replace(plan, curve=error_curve(candidates, plan.layers, size))
+        return replace(plan, curve=error_curve(candidates, plan.layers, size, job.config))
 
 
 def _prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from hswq.fast.terminal import escape
@@ -39,7 +40,7 @@ def render_report(report: Report) -> str:
         f"({report.output_bytes / report.source_bytes:.0%})",
         f"  layers   {len(plan.layers)}: {len(plan.quantized)} to e4m3 ({scaled} scaled), "
         f"{len(plan.kept)} kept ({kept_bytes / max(all_bytes, 1):.1%} of the weights)",
-        f"  error    weighted SQNR {_sqnr_range(plan)}",
+        f"  error    {_sqnr_range(plan)}",
         "  seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
         f"  memory   {gigabytes(report.peak_memory_bytes)} at most",
         f"  sha256   {report.sha256}",
@@ -78,19 +79,21 @@ def render_plan(plan: Plan) -> str:
         "",
         f"{len(plan.layers)} layers: {len(plan.quantized)} to e4m3, {len(plan.kept)} kept; "
         f"{gigabytes(plan.source_bytes)} -> {gigabytes(plan.predicted_bytes)}; "
-        f"weighted SQNR {_sqnr_range(plan)}",
+        f"{_sqnr_range(plan)}",
     ]
     if plan.predicted_error is not None and plan.curve:
         lines += [
             f"predicted error of the denoiser's output: {plan.predicted_error:.3g} (relative, "
             "squared)",
             "",
-            "other budgets, kept by impact per weight:",
+            "other budgets, kept by impact per weight"
+            + (":" if plan.options.get("sensitivity") == "impact" else " (--sensitivity impact):"),
             "  --keep-bytes   layers kept        file   predicted error",
         ]
+        # All decimals: fewer would keep other layers.
         lines += [
-            f"  {point.kept_bytes:12.4f}   {point.kept:11d}  {gigabytes(point.file_bytes):>10}   "
-            f"{point.error:15.3g}"
+            f"  {Decimal(repr(point.kept_bytes)):12f}   {point.kept:11d}  "
+            f"{gigabytes(point.file_bytes):>10}   {point.error:15.3g}"
             for point in thinned(plan.curve)
         ]
     return "\n".join(lines)
@@ -207,10 +210,18 @@ def render_backends(report: tuple[BackendStatus, ...]) -> str:
 
 
 def _sqnr_range(plan: Plan) -> str:
-    found = sorted(layer.sqnr_db for layer in plan.quantized if layer.sqnr_db is not None)
+    """Say how far the FP8 layers are off: their outputs where that was measured, else weights."""
+    ready = [layer for layer in plan.quantized if layer.rounding is not None]
+    known = [layer.output_sqnr_db if ready else layer.sqnr_db for layer in plan.quantized]
+    found = sorted(sqnr_db for sqnr_db in known if sqnr_db is not None)
+    what = "output SQNR" if ready else "weighted SQNR"
     if not found:
-        return "not measured (no layer is quantized)"
-    return f"{found[0]:.1f} dB worst, {found[len(found) // 2]:.1f} dB median"
+        return f"{what} not measured" + ("" if plan.quantized else " (no layer is quantized)")
+    text = f"{what} {found[0]:.1f} dB worst, {found[len(found) // 2]:.1f} dB median"
+    if ready:
+        compensated = sum(layer.rounding == "compensated" for layer in ready)
+        text += f"; {compensated} layers compensated, {len(ready) - compensated} nearest"
+    return text
 
 
 def _short(value: Any) -> str:

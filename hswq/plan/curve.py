@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
+from hswq.config import QuantizeConfig
 from hswq.plan.plan import CurvePoint, LayerPlan
-from hswq.plan.select import Candidate, rank_by_size
+from hswq.plan.select import (
+    BELOW_BUDGET,
+    KEPT_BY_BUDGET,
+    Candidate,
+    quantizable_weights,
+    rank_by_size,
+)
 
-_BUDGET_REASONS = ("among the most sensitive", "below the budget")
+_BUDGET_REASONS = (KEPT_BY_BUDGET, BELOW_BUDGET)
 
 
 def error_curve(
-    candidates: Sequence[Candidate], layers: Sequence[LayerPlan], file_bytes: int
+    candidates: Sequence[Candidate],
+    layers: Sequence[LayerPlan],
+    file_bytes: int,
+    config: QuantizeConfig,
 ) -> tuple[CurvePoint, ...]:
     """Return the curve of all budgets, from none to keeping every layer.
 
@@ -23,6 +34,7 @@ def error_curve(
         candidates: every layer, with its impact.
         layers: the decisions of a plan, in the same order.
         file_bytes: size of that plan's file.
+        config: container and conv are read, which say of what the kept bytes are a share.
     """
     free = [
         candidate
@@ -37,7 +49,8 @@ def error_curve(
     kept_now = {layer.name for layer in layers if not layer.quantized}
     size = file_bytes - sum(it.kept_bytes for it in free if it.name in kept_now)
     ranked = rank_by_size(free, "impact")
-    weights = sum(math.prod(candidate.shape) for candidate in free)
+    weights = quantizable_weights(candidates, config)
+    least = min((candidate.numel for candidate in free), default=1)
     # From the end, so that small rests do not vanish beside large sums.
     errors = [math.fsum(fixed)]
     for candidate in reversed(ranked):
@@ -45,11 +58,23 @@ def error_curve(
     errors.reverse()
     points, kept_weights = [], 0
     for number, error in enumerate(errors):
-        points.append(CurvePoint(number, kept_weights / max(1, weights), size, error))
+        share = _rounded_up(kept_weights, max(1, weights), least)
+        points.append(CurvePoint(number, share, size, error))
         if number < len(ranked):
-            kept_weights += math.prod(ranked[number].shape)
+            kept_weights += ranked[number].numel
             size += ranked[number].kept_bytes
     return tuple(points)
+
+
+def _rounded_up(part: int, whole: int, least: int) -> float:
+    """Return part / whole with as few decimals as it takes to keep `part` and not `least` more."""
+    digits = 4
+    while True:
+        unit = 10**digits
+        share = Fraction(-(-part * unit // whole), unit)
+        if share * whole < part + least:
+            return float(share)
+        digits += 1
 
 
 def thinned(points: Sequence[CurvePoint], count: int = 16) -> list[CurvePoint]:
@@ -57,9 +82,9 @@ def thinned(points: Sequence[CurvePoint], count: int = 16) -> list[CurvePoint]:
     if len(points) <= count:
         return list(points)
     chosen = [points[0]]
-    least = next((point.error for point in reversed(points) if point.error > 0.0), 1.0)
-    ratio = (least / max(points[0].error, least)) ** (1.0 / (count - 1))
+    known = [point.error for point in points if 0.0 < point.error < math.inf] or [1.0]
+    ratio = (known[-1] / known[0]) ** (1.0 / (count - 1))
     for point in points[1:-1]:
-        if point.error <= chosen[-1].error * ratio:
+        if point.error < math.inf and point.error <= chosen[-1].error * ratio:
             chosen.append(point)
     return [*chosen, points[-1]]

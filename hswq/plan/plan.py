@@ -31,8 +31,12 @@ class LayerPlan:
         impact: relative squared change of the denoiser's output when this layer alone is quantized;
             None where it was not measured.
         amax: threshold found by the search; None before the search and for kept layers.
-        mse: objective J at amax.
+        mse: objective J at amax, which is that of nearest codes.
         relative_mse: J over the weighted power of the weight.
+        rounding: 'nearest' or 'compensated', for an FP8 layer whose codes were made by the
+            calibration; None where a file's codes are rounded as it is written, to nearest.
+        output_sqnr_db: of such codes, the power of the layer's output over that of its change on
+            the calibration's inputs; None where no usable Gram matrix tells it.
     """
 
     name: str
@@ -46,6 +50,8 @@ class LayerPlan:
     amax: float | None = None
     mse: float | None = None
     relative_mse: float | None = None
+    rounding: str | None = None
+    output_sqnr_db: float | None = None
 
     @property
     def numel(self) -> int:
@@ -54,7 +60,7 @@ class LayerPlan:
 
     @property
     def sqnr_db(self) -> float | None:
-        """Predicted importance-weighted signal to quantization noise ratio in dB."""
+        """Predicted importance-weighted signal to quantization noise ratio of nearest codes, dB."""
         if not self.relative_mse:
             return None
         return -10.0 * math.log10(self.relative_mse)
@@ -72,7 +78,8 @@ class CurvePoint:
 
     Attributes:
         kept: how many layers the budget keeps.
-        kept_bytes: their share of the weights that the budget decides on.
+        kept_bytes: the `--keep-bytes` that keeps them by impact: their share of all weights that
+            could be quantized, rounded up to few decimals.
         file_bytes: size of the file.
         error: predicted relative squared change of the denoiser's output: the impacts of all
             quantized layers, added up as if they were independent.
@@ -127,8 +134,8 @@ class Plan:
             "options": self.options,
             "source_bytes": self.source_bytes,
             "predicted_bytes": self.predicted_bytes,
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
-            **({"curve": [dataclasses.asdict(it) for it in self.curve]} if self.curve else {}),
+            "layers": [_layer_to_dict(layer) for layer in self.layers],
+            **({"curve": [_finite(vars(it)) for it in self.curve]} if self.curve else {}),
         }
 
     @classmethod
@@ -147,14 +154,15 @@ class Plan:
             )
         try:
             layers = tuple(
-                LayerPlan(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
+                LayerPlan(**_numbers({**entry, "shape": tuple(entry["shape"])}))
+                for entry in data["layers"]
             )
             return cls(
                 layers,
                 dict(data["options"]),
                 int(data["source_bytes"]),
                 int(data["predicted_bytes"]),
-                tuple(CurvePoint(**entry) for entry in data.get("curve", ())),
+                tuple(CurvePoint(**_numbers(entry)) for entry in data.get("curve", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is a damaged hswq plan: {error}.") from error
@@ -163,7 +171,8 @@ class Plan:
         """Write the plan as JSON, replacing `path` at once."""
         target = Path(path)
         temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, target)
 
     @classmethod
@@ -181,17 +190,21 @@ class Plan:
 
     def table(self) -> str:
         """Return the layers as a text table, most sensitive first."""
-        rows = [("layer", "shape", "sensitivity", "impact", "becomes", "SQNR dB", "why")]
+        # What the search found describes nearest codes alone.
+        ready = any(layer.rounding is not None for layer in self.layers)
+        told = "output SQNR dB" if ready else "weighted SQNR dB"
+        rows = [("layer", "shape", "sensitivity", "impact", "becomes", told, "why")]
         for layer in sorted(self.layers, key=_by_falling_sensitivity):
             becomes = ("e4m3 * scale" if layer.scaled else "e4m3") if layer.quantized else "kept"
+            sqnr_db = layer.output_sqnr_db if ready else layer.sqnr_db
             rows.append(
                 (
                     layer.name,
                     "x".join(map(str, layer.shape)),
                     "-" if layer.sensitivity is None else f"{layer.sensitivity:.4g}",
                     "-" if layer.impact is None else f"{layer.impact:.3g}",
-                    becomes,
-                    "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}",
+                    becomes if layer.rounding is None else f"{becomes}, {layer.rounding}",
+                    "-" if sqnr_db is None else f"{sqnr_db:.2f}",
                     layer.reason,
                 )
             )
@@ -205,3 +218,26 @@ class Plan:
 def _by_falling_sensitivity(layer: LayerPlan) -> tuple[float, str]:
     known = math.inf if layer.sensitivity is None else layer.sensitivity
     return (-known, layer.name)
+
+
+def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    content = _finite(vars(layer))
+    # Absent where codes are rounded as the file is written, as in the files of earlier releases.
+    for name in ("rounding", "output_sqnr_db"):
+        if content[name] is None:
+            del content[name]
+    return content
+
+
+def _finite(content: dict[str, Any]) -> dict[str, Any]:
+    """Write infinite numbers as text, for which JSON has no numbers; `_numbers` reads it."""
+    return {
+        name: str(value) if value in (math.inf, -math.inf) else value
+        for name, value in content.items()
+    }
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: float(value) if value in ("inf", "-inf") else value for name, value in content.items()
+    }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hswq.calibration.codes import UnitCodes
 from hswq.formats.quantized import dequantize, quantized_weights
 from hswq.formats.reader import Checkpoint
 
@@ -38,6 +39,19 @@ def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(power / noise) if power > 0.0 else -math.inf
+
+
+def output_sqnr_db(unit: UnitCodes) -> float | None:
+    """Return 10 log10(signal / error) of a layer's output on the calibration's inputs.
+
+    Args:
+        unit: what the calibration says of the layer's codes.
+    Returns:
+        Infinite where nothing changes; None where no usable Gram matrix tells it.
+    """
+    if not (0.0 < unit.signal < math.inf and 0.0 <= unit.error < math.inf):
+        return None
+    return 10.0 * math.log10(unit.signal / unit.error) if unit.error else math.inf
 
 
 def weight_errors(source: Checkpoint, quantized: Checkpoint) -> Iterator[LayerError]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 
 import pytest
 
 from hswq.config import PRESETS, QuantizeConfig
 from hswq.errors import OptionError, PlanError
-from hswq.plan import Candidate, LayerPlan, Plan, select_layers
+from hswq.plan import Candidate, LayerPlan, Plan, error_curve, select_layers
 
 
 def layer(name: str, sensitivity: float | None, kind: str = "linear") -> Candidate:
@@ -190,22 +192,81 @@ def test_target_size_fills_the_room_that_is_left(left: int, names: set[str]) -> 
     """What the smallest file leaves free is spent on layers, and no byte more."""
     asked = []
 
-    def room(fp8: object) -> float:
-        asked.append(fp8)
-        return left
+    def room(layers: tuple[LayerPlan, ...]) -> float:
+        asked.append(kept(layers))
+        return left - sum(it.numel for it in layers if not it.quantized)
 
     config = QuantizeConfig(target_size="1GB", sensitivity="impact")
     assert kept(select_layers(SIZED, config, room=room)) == names
-    assert asked == [["a", "b", "c", "d"]]
+    assert asked[0] == set()
+
+
+def test_target_size_lays_out_few_files() -> None:
+    """A file of a thousand layers laid out for each of them takes a minute."""
+    many = [sized(f"l{i:04}", 10_000 + i, 1.0, 0.99**i) for i in range(1000)]
+    asked = []
+
+    def room(layers: tuple[LayerPlan, ...]) -> float:
+        # A little more than the weights alone, as in files.
+        sizes = [it.numel + 7 for it in layers if not it.quantized]
+        asked.append(len(sizes))
+        return 3_000_000 - sum(sizes)
+
+    config = QuantizeConfig(target_size="1GB", sensitivity="variance")
+    found = kept(select_layers(many, config, room=room))
+    # All rank alike: by name.
+    expected, left = set(), 3_000_000
+    for it in many:
+        if it.numel + 7 <= left:
+            expected.add(it.name)
+            left -= it.numel + 7
+    assert found == expected
+    assert len(asked) < 40
+
+
+def test_target_size_ranks_by_byte() -> None:
+    """A float32 weight costs three bytes to keep and a 16-bit one costs one."""
+    half = Candidate("half", (), "linear", (10, 1), 1.0, 2.0, kept_bytes=10)
+    single = Candidate("single", (), "linear", (10, 1), 1.0, 3.0, kept_bytes=30)
+
+    def room(layers: tuple[LayerPlan, ...]) -> float:
+        return 30.0 - sum({"half": 10, "single": 30}[name] for name in kept(layers))
+
+    config = QuantizeConfig(target_size="1GB", sensitivity="impact")
+    assert kept(select_layers([half, single], config, room=room)) == {"half"}
+    # A share of the weights is a share of the weights.
+    config = QuantizeConfig(keep_bytes=0.5, sensitivity="impact")
+    assert kept(select_layers([half, single], config)) == {"single"}
+
+
+@pytest.mark.parametrize("share", [0.29, 0.57, 0.58])
+def test_share_is_what_its_decimals_say(share: float) -> None:
+    """0.29 * 100 is 28.999999999999996 in floats, and the layer of 29 weights would not fit."""
+    size = round(100 * share)
+    layers = [sized("a", size, 1.0, 1.0), sized("b", 100 - size, 1.0, 1e-9)]
+    config = QuantizeConfig(keep_bytes=share, sensitivity="impact")
+    assert kept(select_layers(layers, config)) == {"a"}
 
 
 def test_target_size_that_cannot_be_met_is_told() -> None:
     """The user must learn by how much."""
     config = QuantizeConfig(target_size="1kB", sensitivity="impact")
     with pytest.raises(PlanError, match=r"--target-size 1kB cannot be met.* 1,234 bytes larger"):
-        select_layers(SIZED, config, room=lambda fp8: -1234)
+        select_layers(SIZED, config, room=lambda layers: -1234)
     with pytest.raises(PlanError, match="needs a file"):
         select_layers(SIZED, config)
+
+
+def test_infinite_impact_is_json(tmp_path) -> None:
+    """`Infinity` is no JSON, and files' metadata are read by other programs."""
+    layers = [sized("a", 10, 1.0, math.inf), sized("b", 10, 1.0, 1e-3)]
+    config = QuantizeConfig(keep_bytes=0.0, sensitivity="impact")
+    decided = select_layers(layers, config)
+    plan = Plan(decided, {}, 100, 60, error_curve(layers, decided, 60, config))
+    assert "Infinity" not in json.dumps(plan.to_dict())
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.predicted_error == math.inf
 
 
 @pytest.mark.parametrize(
