@@ -80,7 +80,7 @@ def calibrate_checkpoint(
             "compensated codes need a file: give calibrate_checkpoint an output, beside which they "
             "are written."
         )
-    with ExitStack() as opened:
+    with memory_told(config, keeps=output is not None), ExitStack() as opened:
         # Before all that may fail on one machine alone: the others would wait for it.
         ranks = opened.enter_context(joined_ranks())
         if output is not None:
@@ -120,7 +120,7 @@ def calibrate_source(
         work.agree(facts)
 
     agree({**run_facts(config, CalibrationConfig), **machine_facts(config)})
-    with quiet_libraries(), memory_told(config):
+    with quiet_libraries():
         sampling = prepare_sampling(source, config, progress, encodings=encodings)
         model_map = sampling.model_map
         run = SamplingRun(sampling.pipeline, sampling.sampler, config, sampling.conditioning)

@@ -86,7 +86,7 @@ def quantize_one(
     watch = Stopwatch()
     target, *_ = check_outputs(src, config, dst, config.save_stats)
     samples = calibration is None and config.stats is None
-    told = memory_told(config, samples=samples)
+    told = memory_told(config, samples=samples, keeps=samples)
     with told, open_source(src) as source, ExitStack() as resources:
         job, warnings = _prepare(
             source, config, calibration, watch, progress, resources, target, encodings

@@ -199,12 +199,15 @@ def _free_cached_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def memory_told(config: CalibrationConfig, *, samples: bool = True) -> Iterator[None]:
+def memory_told(
+    config: CalibrationConfig, *, samples: bool = True, keeps: bool = False
+) -> Iterator[None]:
     """Say what a GPU without enough memory can do.
 
     Args:
         config: options of the command, of which some are cures.
         samples: whether the command runs the sampler.
+        keeps: whether a work folder stays with what was finished.
     Raises:
         InputError: in place of torch's OutOfMemoryError.
     """
@@ -214,7 +217,7 @@ def memory_told(config: CalibrationConfig, *, samples: bool = True) -> Iterator[
         going_on, anew = _cures(config, samples)
         text = f"the GPU has too little memory ({str(error).splitlines()[0]}). Close other programs"
         text += f" on it, or use {' or '.join([*going_on, *anew])}."
-        if going_on:
+        if keeps and going_on:
             text += f" What was finished is kept, and is of use with {' and '.join(going_on)}."
         raise InputError(text) from error
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import hswq
-from hswq.driver import compensate
+from hswq.driver import bench_files, compensate, job, plan_checkpoint
 from hswq.driver.work import WorkFolder
 from hswq.errors import HswqError, InputError
+from hswq.models import pipeline
 from hswq.quality import images
 from tests.tiny import Tiny, tiny_calibration_config
 
@@ -203,14 +204,56 @@ def test_gpu_without_enough_memory(
     assert not path.exists()
 
 
+@pytest.mark.parametrize("command", ["calibrate", "plan", "bench"])
+def test_gpu_full_while_models_load(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The commonest fault of a small card is no internal error, and its cures are the command's."""
+    options: dict[str, Any] = {"pipeline": str(tiny.pipeline), "latent": 8, "steps": 1}
+    runs: dict[str, Callable[[], Any]] = {
+        "calibrate": lambda: hswq.calibrate_checkpoint(
+            tiny.checkpoint, hswq.CalibrationConfig(**options), tmp_path / "s.safetensors"
+        ),
+        "plan": lambda: plan_checkpoint(
+            tiny.checkpoint, hswq.QuantizeConfig(**options, sequential_offload=True)
+        ),
+        "bench": lambda: bench_files(
+            tiny.checkpoint, [], hswq.config.BenchConfig(**options, batch=4)
+        ),
+    }
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(pipeline, "build_pipeline", full)
+    with pytest.raises(InputError, match=r"too little memory.*2\.00 GiB") as raised:
+        runs[command]()
+    told = str(raised.value)
+    assert ("--batch" in told) == (command == "bench")
+    assert ("--sequential-offload" in told) == (command != "plan")
+    # Of a plan nothing is kept, and parts made with another latent are of no use.
+    kept = "of use with a smaller --gram-memory and --sequential-offload."
+    assert (kept in told) == (command == "calibrate")
+    assert "--latent" not in told.partition("What was finished")[2]
+
+
+def test_gpu_full_without_sampling(tiny: Tiny, tmp_path: Path, monkeypatch) -> None:
+    """With --stats the sampler's options are refused, and must not be the cure."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(job, "search_amax", full)
+    with pytest.raises(InputError, match=r"programs on it, or use --device cpu\.$"):
+        hswq.quantize_checkpoint(tiny.checkpoint, tmp_path / "o.safetensors", tiny.config())
+
+
 def test_batches_are_halved_where_memory_ends(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     """A batch that a smaller card cannot paint is painted in halves, to the same images."""
     output = tmp_path / "o.safetensors"
     hswq.quantize_checkpoint(tiny.checkpoint, output, tiny.config())
-    from hswq.driver import bench_files
-
     joined = images._joined
     config = hswq.config.BenchConfig(
         pipeline=str(tiny.pipeline), samples=3, steps=1, latent=8, batch=3
