@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 
 from torch import Tensor
 
-from hswq.calibration import Calibration
+from hswq.calibration import Calibration, Codes
 from hswq.formats.reader import Checkpoint
 from hswq.models.detect import denoiser_prefix
+from hswq.models.fingerprint import fingerprint
 from hswq.progress import Progress, no_progress
 from hswq.quality.compare import Comparison, compare_checkpoints
 
@@ -25,16 +27,36 @@ def compare_files(
     Args:
         first: file of any container, or of 16 or 32 bits.
         second: the same.
-        stats: statistics of the model, for an estimate of what the layers' outputs change.
+        stats: statistics of the model, for errors weighted by importance; with the codes beside
+            them also for what the layers' outputs change, where `first` is the checkpoint and the
+            codes of `second` are these.
         progress: called with ('compare', tensors done, tensors in all).
     Raises:
         InputError: the files cannot be read, or are of different models.
         FormatError: a file is damaged.
     """
-    importance = None if stats is None else _importance(Calibration.load(stats))
-    with Checkpoint.open(first) as ours, Checkpoint.open(second) as theirs:
+    calibration = None if stats is None else Calibration.load(stats)
+    with Checkpoint.open(first) as ours, Checkpoint.open(second) as theirs, ExitStack() as opened:
         prefixes = denoiser_prefix(ours), denoiser_prefix(theirs)
-        return compare_checkpoints(ours, theirs, prefixes, importance, progress)
+        if calibration is None:
+            return compare_checkpoints(ours, theirs, prefixes, progress=progress)
+        importance, made = _importance(calibration), None
+        if calibration.codes is not None and _is_calibrated(ours, calibration):
+            codes = opened.enter_context(Codes(calibration.codes))
+            if (codes.fingerprint, codes.settings) == (
+                calibration.fingerprint,
+                calibration.run_settings(),
+            ):
+                made = codes, prefixes[0]
+        return compare_checkpoints(ours, theirs, prefixes, importance, progress, made)
+
+
+def _is_calibrated(checkpoint: Checkpoint, calibration: Calibration) -> bool:
+    """Tell whether a file is the checkpoint that the statistics were gathered on."""
+    model_map = calibration.model_map
+    if model_map is None or any(unit.key not in checkpoint.tensors for unit in model_map.units()):
+        return False
+    return fingerprint(checkpoint, model_map) == calibration.fingerprint
 
 
 def _importance(calibration: Calibration) -> dict[str, Tensor]:

@@ -101,7 +101,9 @@ def render_plan(plan: Plan) -> str:
 
 def render_comparison(comparison: Comparison) -> str:
     """Return the table of `compare`, the largest weight error first."""
-    rows = [("layer", "shape", "first", "second", "codes changed", "SQNR dB", "output SQNR dB")]
+    measured = any(layer.output_sqnr_db is not None for layer in comparison.layers)
+    titles = ("layer", "shape", "first", "second", "codes changed", "SQNR dB")
+    rows = [(*titles, "importance-weighted SQNR dB", *(["output SQNR dB"] if measured else []))]
     for layer in sorted(comparison.layers, key=lambda layer: (layer.sqnr_db, layer.name)):
         changed = layer.codes_changed
         rows.append(
@@ -112,7 +114,8 @@ def render_comparison(comparison: Comparison) -> str:
                 layer.second,
                 "-" if changed is None else f"{changed:.2%}",
                 _decibels(layer.sqnr_db),
-                _decibels(layer.output_sqnr_db),
+                _decibels(layer.weighted_sqnr_db),
+                *([_decibels(layer.output_sqnr_db)] if measured else []),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

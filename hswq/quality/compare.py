@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hswq.calibration import Codes
 from hswq.errors import InputError
 from hswq.formats.quantized import QuantizedWeight, dequantize, quantized_weights, read_scale
 from hswq.formats.reader import Checkpoint
 from hswq.progress import Progress, no_progress
-from hswq.quality.weights import sqnr_db
+from hswq.quality.weights import output_sqnr_db, sqnr_db
 
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -30,8 +31,11 @@ class LayerComparison:
         second: the same for the second file.
         codes_changed: share of the codes that differ, where both hold codes; else None.
         sqnr_db: weight of the second against the first, unweighted; infinite where equal.
-        output_sqnr_db: the same with every input channel's weights times the mean of its
-            magnitude, an estimate for the layer's output; None without statistics.
+        weighted_sqnr_db: the same with every input channel's weights times the mean of its
+            magnitude; None without statistics. It knows of no correlation between channels, which
+            compensated codes make use of: there they look worse than nearest ones.
+        output_sqnr_db: power of the layer's output over that of its change, measured by the
+            calibration that made the second file's codes; None for other codes.
     """
 
     name: str
@@ -40,6 +44,7 @@ class LayerComparison:
     second: str
     codes_changed: float | None
     sqnr_db: float
+    weighted_sqnr_db: float | None
     output_sqnr_db: float | None
 
 
@@ -65,7 +70,7 @@ class Comparison:
         """Return the comparison as JSON-ready data; infinite figures become None."""
         content = asdict(self)
         for layer in content["layers"]:
-            for key in ("sqnr_db", "output_sqnr_db"):
+            for key in ("sqnr_db", "weighted_sqnr_db", "output_sqnr_db"):
                 if layer[key] is not None and not math.isfinite(layer[key]):
                     layer[key] = None
         return content
@@ -77,6 +82,7 @@ def compare_checkpoints(
     prefixes: tuple[str, str],
     importance: Mapping[str, Tensor] | None = None,
     progress: Progress = no_progress,
+    made: tuple[Codes, str] | None = None,
 ) -> Comparison:
     """Compare two open files of one denoiser, a layer in memory at a time.
 
@@ -86,6 +92,7 @@ def compare_checkpoints(
         prefixes: what the denoiser's keys start with in each.
         importance: mean magnitude of each input channel, by layer name; None: unknown.
         progress: called with ('compare', tensors done, tensors in all).
+        made: codes that a calibration of the first file made, and what their keys start with.
     Raises:
         InputError: they share no layer, or a layer has two shapes.
     """
@@ -111,7 +118,10 @@ def compare_checkpoints(
         bases = [key.removesuffix(".weight") for key in keys]
         weights = [found.get(base) for found, base in zip(codes, bases, strict=True)]
         if any(weights):
-            layers.append(_layer(name, shapes[0], (first, second), keys, weights, importance))
+            layer = _layer(name, shapes[0], (first, second), keys, weights, importance)
+            if made is not None and weights[0] is None:
+                layer = replace(layer, output_sqnr_db=_measured(second, keys[1], name, *made))
+            layers.append(layer)
         elif _bytes_equal(first, second, keys):
             equal += 1
         else:
@@ -176,8 +186,26 @@ def _layer(
         second=second,
         codes_changed=codes_changed,
         sqnr_db=sqnr_db(*values),
-        output_sqnr_db=weighted,
+        weighted_sqnr_db=weighted,
+        output_sqnr_db=None,
     )
+
+
+def _measured(file: Checkpoint, key: str, name: str, codes: Codes, prefix: str) -> float | None:
+    """Return what the calibration measured of a layer, if its codes are those of the file."""
+    made = prefix + name
+    unit = codes.units.get(made)
+    if unit is None or not torch.equal(file.read(key).view(torch.uint8), codes.read(made)):
+        return None
+    base = key.removesuffix(".weight")
+    if not bool((read_scale(file, base) == codes.scale(made)).all()):
+        return None
+    bias = codes.bias(made)
+    if bias is not None:
+        written = file.read(f"{base}.bias")
+        if not torch.equal(written, bias.to(written.dtype)):
+            return None
+    return output_sqnr_db(unit)
 
 
 def _described(file: Checkpoint, base: str, key: str, weight: QuantizedWeight | None) -> str:

@@ -12,9 +12,9 @@ import pytest
 
 import hswq
 from hswq.calibration import Codes, CodesWriter
-from hswq.driver import plan_checkpoint
+from hswq.driver import compare_files, plan_checkpoint
 from hswq.errors import PlanError
-from hswq.fast.render import render_plan, render_report
+from hswq.fast.render import render_comparison, render_plan, render_report
 from hswq.formats.reader import Checkpoint
 from tests.tiny import Tiny, tiny_calibration_config
 
@@ -149,3 +149,32 @@ def test_layers_that_are_not_compensated_are_told_by_every_run(
     assert layers[names[0]].rounding == layers[names[1]].rounding == "nearest"
     assert layers[names[0]].output_sqnr_db is not None
     assert layers[names[1]].output_sqnr_db is None
+
+
+def test_compare_tells_the_measured_error_of_the_codes(
+    tiny: Tiny, compensated: Path, tmp_path: Path
+) -> None:
+    """An estimate without the correlations makes compensated codes look worse than nearest ones."""
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("nearest", "compensated")}
+    for rounding, output in files.items():
+        config = tiny.config(stats=str(compensated), keep_bytes=0.1, rounding=rounding)
+        report = hswq.quantize_checkpoint(tiny.checkpoint, output, config)
+    told = {layer.name: layer.output_sqnr_db for layer in report.plan.quantized}
+    comparison = compare_files(tiny.checkpoint, files["compensated"], compensated)
+    assert {layer.name: layer.output_sqnr_db for layer in comparison.layers} == told
+    text = render_comparison(comparison)
+    assert "importance-weighted SQNR dB  output SQNR dB" in text
+    # Of other codes, and between two files, the statistics say nothing of the kind.
+    nearest = compare_files(tiny.checkpoint, files["nearest"], compensated)
+    with Codes(compensated.with_suffix(".codes.safetensors")) as codes:
+        same = {
+            key.removeprefix("model.diffusion_model.").removesuffix(".weight")
+            for key, unit in codes.units.items()
+            if not unit.compensated and codes.bias(key) is None
+        }
+    found = {layer.name for layer in nearest.layers if layer.output_sqnr_db is not None}
+    assert found <= same
+    assert all(layer.weighted_sqnr_db is not None for layer in nearest.layers)
+    both = compare_files(files["nearest"], files["compensated"], compensated)
+    assert all(layer.output_sqnr_db is None for layer in both.layers)
+    assert " output SQNR" not in render_comparison(both)
