@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -124,6 +125,11 @@ class DualMonitor:
             self.importance = (self.importance * self.calls + abs_mean) / (self.calls + 1)
         self.calls += 1
 
+    @property
+    def variance(self) -> float:
+        """Output variance S over all calls."""
+        return self.mean_of_squares / self.calls - (self.mean / self.calls) ** 2
+
 
 def kept_by_variance(variances: dict[str, float], sizes: dict[str, int], share: float) -> set[str]:
     """Return the layers that a byte budget keeps: the ranking by S, each that still fits.
@@ -133,7 +139,8 @@ def kept_by_variance(variances: dict[str, float], sizes: dict[str, int], share: 
         sizes: weights by layer.
         share: of all weights that may be kept.
     """
-    left = share * sum(sizes.values())
+    # The decimal text is meant: as a float, 0.29 of 100 is less than 29.
+    left = Fraction(repr(float(share))) * sum(sizes.values())
     kept = set()
     for name in sorted(variances, key=lambda name: (-variances[name], name)):
         if sizes[name] <= left:
