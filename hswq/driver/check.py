@@ -14,15 +14,21 @@ from torch import Tensor
 
 from hswq.driver.inspect import stored_plan
 from hswq.errors import FormatError
-from hswq.formats.quantized import quantized_weights, read_input_scale, read_scale
+from hswq.formats.e4m3 import E4M3_MAX
+from hswq.formats.quantized import (
+    dequantize,
+    quantized_weights,
+    read_input_scale,
+    read_scale,
+    read_weight,
+)
 from hswq.formats.reader import Checkpoint, TensorInfo
 from hswq.models.detect import denoiser_prefix
+from hswq.plan import LayerPlan
 from hswq.progress import Progress, no_progress
-from hswq.quality import compare_checkpoints
+from hswq.quality import check_rounding, compare_checkpoints, is_correction
 
 _CHUNK_BYTES = 32 << 20
-# FP8 weights of the very source lie far above it, those of another model about at 0 and below.
-_LEAST_SQNR_DB = 3.0
 _SHOWN = 10
 
 
@@ -60,8 +66,11 @@ def check_file(
 
     Floating-point tensors must be finite, FP8 codes no NaN, scales one positive number or one a
     row, and layers in FP8 exactly those of the plan in the metadata, where there is one. Against
-    the source: no key is missing or new, all tensors but FP8 weights and corrected biases are
-    equal bit for bit, and FP8 weights are roundings of the source's.
+    the source: no key is missing or new; all tensors but FP8 weights and corrected biases are
+    equal bit for bit. Where the plan in the metadata says nearest rounding, every code is the
+    nearest one; compensated codes and those of other tools are near it in every row and element,
+    so that few wrong bits in them can pass (see `check_rounding`). Biases moved by no more than
+    the rounding of their weight can need.
 
     Args:
         path: checkpoint of any container, of hswq or another tool.
@@ -167,27 +176,65 @@ def _check_source(
         prefixes = "", ""
     found = compare_checkpoints(source, checkpoint, prefixes, progress=progress)
     plan = stored_plan(checkpoint)
-    corrected = plan is not None and bool(plan.options.get("bias_correction"))
-    fp8 = {layer.name for layer in found.layers}
-    biases = [
-        name
-        for name in found.others_changed
-        if corrected and name.endswith(".bias") and name.removesuffix(".bias") in fp8
-    ]
+    planned = {} if plan is None else {layer.name: layer for layer in plan.layers}
+    options = {} if plan is None else plan.options
+    inner = denoiser_prefix(checkpoint).removeprefix(prefixes[1])
+    distances = {}
+    for layer in found.layers:
+        known = (
+            planned.get(layer.name.removeprefix(inner))
+            if options.get("rounding") == "nearest"
+            else None
+        )
+        problem, distances[layer.name] = _check_layer(
+            source, checkpoint, [f"{prefix}{layer.name}" for prefix in prefixes], known
+        )
+        if problem:
+            findings.append(f"{layer.name!r} is no rounding of the source's weight: {problem}")
+    biases = []
     for name in found.others_changed:
-        if name not in biases:
+        distance = distances.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if distance is None or not options.get("bias_correction"):
             findings.append(f"{name!r} differs from the source's")
+            continue
+        biases.append(name)
+        exact, bias = (
+            file.read(prefix + name)
+            for file, prefix in zip((source, checkpoint), prefixes, strict=True)
+        )
+        if exact.dtype != bias.dtype or not is_correction(exact, bias, distance):
+            findings.append(f"{name!r} is further from the source's than a correction can be")
     findings += [f"{name!r} of the source is missing" for name in found.only_first]
     findings += [f"{name!r} is not in the source" for name in found.only_second]
     ratios = [layer.sqnr_db for layer in found.layers if math.isfinite(layer.sqnr_db)]
-    for layer in found.layers:
-        if not layer.sqnr_db >= _LEAST_SQNR_DB:
-            findings.append(
-                f"{layer.name!r} is no rounding of the source's weight ({layer.sqnr_db:.1f} dB)"
-            )
     return {
         "against": str(source.path),
         "equal_tensors": found.others_equal,
         "corrected_biases": len(biases),
         "worst_sqnr_db": min(ratios, default=None),
     }
+
+
+def _check_layer(
+    source: Checkpoint, checkpoint: Checkpoint, bases: list[str], planned: LayerPlan | None
+) -> tuple[str, Tensor | None]:
+    """Return why a layer is no rounding of the source's, and how far its rows are from it.
+
+    Args:
+        source: the checkpoint it was made from.
+        checkpoint: the file.
+        bases: the layer's keys in both, without '.weight'.
+        planned: the layer in a plan of nearest rounding; None without one.
+    """
+    weight_keys = [f"{base}.weight" for base in bases]
+    is_fp8 = source.tensors[weight_keys[0]].dtype == "F8_E4M3"
+    exact = dequantize(source, bases[0]) if is_fp8 else source.read(weight_keys[0])
+    if checkpoint.tensors[weight_keys[1]].dtype != "F8_E4M3":
+        values = checkpoint.read(weight_keys[1])
+        return "" if torch.equal(exact.to(values.dtype), values) else "it is no cast of it", None
+    codes, scale = read_weight(checkpoint, bases[1])
+    amax = None
+    if planned is not None:
+        amax = planned.amax if planned.scaled else E4M3_MAX
+    found = check_rounding(exact, codes, scale, amax)
+    return found.problem, found.distance

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from hswq.calibration import Codes
 from hswq.errors import InputError
-from hswq.formats.quantized import QuantizedWeight, dequantize, quantized_weights, read_scale
+from hswq.formats.quantized import (
+    QuantizedWeight,
+    container_keys,
+    dequantize,
+    quantized_weights,
+    read_scale,
+)
 from hswq.formats.reader import Checkpoint
 from hswq.progress import Progress, no_progress
 from hswq.quality.weights import output_sqnr_db, sqnr_db
-
-_FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,7 @@ def compare_checkpoints(
         InputError: they share no layer, or a layer has two shapes.
     """
     codes = [quantized_weights(file) for file in (first, second)]
-    ours, theirs = (
-        _model_names(*given) for given in zip((first, second), prefixes, codes, strict=True)
-    )
+    ours, theirs = (_model_names(*given) for given in zip((first, second), prefixes, strict=True))
     common = [name for name in ours if name in theirs]
     if not common:
         raise InputError(
@@ -110,13 +112,14 @@ def compare_checkpoints(
     for done, name in enumerate(common, 1):
         keys = prefixes[0] + name, prefixes[1] + name
         shapes = [tuple(f.tensors[k].shape) for f, k in zip((first, second), keys, strict=True)]
-        if shapes[0] != shapes[1]:
+        bases = [key.removesuffix(".weight") for key in keys]
+        weights = [found.get(base) for found, base in zip(codes, bases, strict=True)]
+        is_float = first.tensors[keys[0]].torch_dtype.is_floating_point
+        if shapes[0] != shapes[1] and (is_float or any(weights)):
             raise InputError(
                 f"{name!r} is {list(shapes[0])} in '{first.path}' and {list(shapes[1])} in "
                 f"'{second.path}': they are files of different models."
             )
-        bases = [key.removesuffix(".weight") for key in keys]
-        weights = [found.get(base) for found, base in zip(codes, bases, strict=True)]
         if any(weights):
             layer = _layer(name, shapes[0], (first, second), keys, weights, importance)
             if made is not None and weights[0] is None:
@@ -136,23 +139,14 @@ def compare_checkpoints(
     )
 
 
-def _model_names(
-    file: Checkpoint, prefix: str, codes: Mapping[str, QuantizedWeight]
-) -> dict[str, None]:
-    """Return the names of the denoiser's own tensors: no scales and no markers."""
-    weights = {weight.weight_key for weight in codes.values()}
+def _model_names(file: Checkpoint, prefix: str) -> dict[str, None]:
+    """Return the names of the model's own tensors, of every dtype: no scales and no markers."""
+    extra = container_keys(file)
     return {
         name.removeprefix(prefix): None
-        for name, info in file.tensors.items()
-        if name.startswith(prefix)
-        and (name in weights or info.dtype in _FLOATS)
-        and not _is_scale(name, codes)
+        for name in file.tensors
+        if name.startswith(prefix) and name not in extra
     }
-
-
-def _is_scale(name: str, codes: Mapping[str, QuantizedWeight]) -> bool:
-    base, _, leaf = name.rpartition(".")
-    return base in codes and leaf not in ("weight", "bias")
 
 
 def _layer(
@@ -218,7 +212,7 @@ def _described(file: Checkpoint, base: str, key: str, weight: QuantizedWeight | 
 
 def _bytes_equal(first: Checkpoint, second: Checkpoint, keys: tuple[str, str]) -> bool:
     infos = [file.tensors[key] for file, key in zip((first, second), keys, strict=True)]
-    if infos[0].dtype != infos[1].dtype:
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
         return False
     ours, theirs = (
         f.read_bytes(i.name, 0, i.nbytes) for f, i in zip((first, second), infos, strict=True)

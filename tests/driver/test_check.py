@@ -16,7 +16,7 @@ from hswq.driver import check_file
 from hswq.errors import FormatError
 from hswq.fast.__main__ import main
 from tests.checkpoints import write_tiny_sdxl
-from tests.tiny import Tiny
+from tests.tiny import Tiny, tiny_calibration_config
 
 PREFIX = "model.diffusion_model."
 
@@ -96,11 +96,18 @@ def test_other_tensors_than_the_sources_are_told(tiny, files, tmp_path):
     weight = first(path, torch.float8_e4m3fn, ".weight")
     norm = PREFIX + "out.0.weight"
     tensors = load_file(path)
+    ids = first(path, torch.int64, "position_ids")
     for key, tensor, words in (
         (norm, tensors[norm] + 0.01, f"'{norm}' differs from the source's"),
         (norm, None, f"'{norm}' of the source is missing"),
         ("extra", torch.zeros(3), "'extra' is not in the source"),
         (weight, -tensors[weight].float(), "is no rounding of the source's weight"),
+        (ids, None, f"'{ids}' of the source is missing"),
+        (ids, tensors[ids] + 1, f"'{ids}' differs from the source's"),
+        (ids, torch.zeros(3, dtype=torch.int64), f"'{ids}' differs from the source's"),
+        ("bytes", torch.zeros(3, dtype=torch.uint8), "'bytes' is not in the source"),
+        (weight.removesuffix("weight") + "junk", torch.zeros(2), "junk' is not in the source"),
+        ("mask", torch.ones(2, dtype=torch.bool), "'mask' is not in the source"),
     ):
         if tensor is not None and key == weight:
             tensor = tensor.to(torch.float8_e4m3fn)
@@ -110,6 +117,81 @@ def test_other_tensors_than_the_sources_are_told(tiny, files, tmp_path):
     write_tiny_sdxl(other, seed=5)
     with pytest.raises(FormatError, match=r"and [0-9]+ more"):
         check_file(path, other)
+
+
+@pytest.fixture(scope="module")
+def compensated(tiny: Tiny, tmp_path_factory) -> dict[str, Path]:
+    """Files of compensated codes and corrected biases."""
+    folder = tmp_path_factory.mktemp("compensated")
+    options = {"rounding": "compensated", "bias_correction": True}
+    found = {}
+    for name, more in (("v1", {}), ("v2", {"scaled": True, "container": "hswq"})):
+        stats, found[name] = folder / f"{name}.stats.safetensors", folder / f"{name}.safetensors"
+        config = tiny_calibration_config(tiny.pipeline, **options, **more)
+        hswq.calibrate_checkpoint(tiny.checkpoint, config, stats)
+        config = tiny.config(stats=str(stats), **options, **more)
+        hswq.quantize_checkpoint(tiny.checkpoint, found[name], config)
+    return found
+
+
+def damaged(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """Codes as a faulty disk or a wrong program leaves them."""
+    codes = weight.clone().view(torch.uint8)
+    flat = codes.reshape(-1)
+    if kind == "one sign in a hundred":
+        chosen = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(0))
+        flat[chosen[: max(1, flat.numel() // 100)]] ^= 0x80
+    elif kind == "a row of zeros":
+        codes[len(codes) // 2] = 0
+    elif kind == "two rows changed places":
+        codes[:2] = codes[:2].flip(0)
+    elif kind == "one exponent":
+        flat[int(flat.int().bitwise_and(0x7F).argmax())] ^= 0x20
+    return codes.view(torch.float8_e4m3fn)
+
+
+DAMAGE = ("one sign in a hundred", "a row of zeros", "two rows changed places", "one exponent")
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_damaged_compensated_codes_are_told(tiny, compensated, tmp_path, name):
+    """A twelfth of the signs of a layer changed is still 3 dB; what is told is far less."""
+    path, copy = compensated[name], tmp_path / "copy.safetensors"
+    found = check_file(path, tiny.checkpoint)
+    assert found.corrected_biases > 50
+    tensors = load_file(path)
+    for ending in ("input_blocks.1.0.in_layers.2.weight", "ff.net.0.proj.weight"):
+        key = first(path, torch.float8_e4m3fn, ending)
+        for kind in DAMAGE:
+            changed(path, copy, {key: damaged(kind, tensors[key])})
+            with pytest.raises(FormatError, match="is no rounding of the source's weight"):
+                check_file(copy, tiny.checkpoint)
+    bias = PREFIX + "input_blocks.1.0.in_layers.2.bias"
+    for value in (tensors[bias] + 100.0, torch.full_like(tensors[bias], -6e4)):
+        changed(path, copy, {bias: value})
+        with pytest.raises(FormatError, match="further from the source's than a correction"):
+            check_file(copy, tiny.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["plain", "comfy-scaled", "hswq"])
+def test_one_wrong_code_of_nearest_rounding_is_told(tiny, files, tmp_path, name):
+    """Which codes are the nearest is known to the bit."""
+    path, copy = files[name], tmp_path / "copy.safetensors"
+    key = first(path, torch.float8_e4m3fn, "ff.net.0.proj.weight")
+    weight = load_file(path)[key]
+    weight.view(torch.uint8)[3, 5] ^= 1
+    changed(path, copy, {key: weight})
+    with pytest.raises(FormatError, match=rf"1 of {weight.numel()} codes are not the nearest"):
+        check_file(copy, tiny.checkpoint)
+
+
+def test_scales_belong_to_their_codes(tiny, files, tmp_path):
+    """Codes read with twice their scale are another weight."""
+    path, copy = files["hswq"], tmp_path / "copy.safetensors"
+    key = first(path, torch.float8_e4m3fn, ".weight").removesuffix("weight") + "scale"
+    changed(path, copy, {key: load_file(path)[key] * 1.01})
+    with pytest.raises(FormatError, match="codes are not the nearest"):
+        check_file(copy, tiny.checkpoint)
 
 
 def test_command_line_verifies(tiny, files, tmp_path, capfd):
