@@ -78,8 +78,8 @@ class CheckpointWriter:
         self.path = Path(os.path.realpath(path))
         self._layout = Layout.of(specs, metadata_bytes)
         self._written: dict[str, int] = {}
-        # Its name does not grow with the target's, which may be as long as the file system allows.
-        self._temporary = self.path.with_name(_PARTIAL.replace("*", secrets.token_hex(8)))
+        # It gets its name when it is made.
+        self._temporary = self.path
         self._descriptor: int | None = None
 
     @classmethod
@@ -102,7 +102,7 @@ class CheckpointWriter:
             raise InputError(f"{self.path} cannot be written: it is {what}. Give another path.")
         try:
             remove_abandoned(self.path.parent)
-            self._descriptor = _create_locked(self._temporary)
+            self._descriptor, self._temporary = _create_locked(self.path.parent)
             self._reserve(self._descriptor)
         except OSError as error:
             self._discard()
@@ -277,18 +277,20 @@ def place_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
         InputError: the target cannot be written; an older one is as it was.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(_PARTIAL.replace("*", secrets.token_hex(8)))
+    temporary = _partial_path(target.parent)
     try:
         remove_abandoned(target.parent)
         try:
             os.link(source, temporary)
         except OSError:
-            descriptor = _create_locked(temporary)
+            descriptor, temporary = _create_locked(target.parent)
             with open(descriptor, "wb") as copy, open(source, "rb") as original:
                 shutil.copyfileobj(original, copy, _COPIED_BYTES)
                 copy.flush()
                 os.fsync(copy.fileno())
         os.replace(temporary, target)
+        # Where the two were already one file, that changes nothing, and the third name stays.
+        temporary.unlink(missing_ok=True)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         needed = os.stat(source).st_size
@@ -311,16 +313,29 @@ def remove_abandoned(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _create_locked(path: Path) -> int:
-    """Create a file whose lock says that its writer lives, and return its descriptor."""
+def _partial_path(folder: Path) -> Path:
+    """Return a name beside the target that does not grow with the target's, which may be as long as
+    the file system allows."""
+    return folder / _PARTIAL.replace("*", secrets.token_hex(8))
+
+
+def _create_locked(folder: Path) -> tuple[int, Path]:
+    """Create a file whose lock says that its writer lives; return its descriptor and path."""
     while True:
+        path = _partial_path(folder)
         # The umask applies, as to any new file.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o666)
-        with contextlib.suppress(OSError):
+        taken = False
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another writer may have taken it for abandoned before it was locked.
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
+        except BlockingIOError:
+            # Another writer has taken it for abandoned before it was locked, and will remove it.
+            taken = True
+        except OSError:
+            # Some file systems know no locks.
+            pass
+        if not taken and os.fstat(descriptor).st_nlink:
+            return descriptor, path
         os.close(descriptor)
 
 

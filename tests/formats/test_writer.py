@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -437,6 +438,39 @@ def test_remains_of_a_killed_writer_are_removed(tmp_path, two):
             writer.write(name, tensor)
         writer.commit({})
     assert sorted(os.listdir(tmp_path)) == [foreign.name, "x", "y"]
+
+
+def test_writer_whose_file_is_taken_for_abandoned_makes_another(tmp_path, two, monkeypatch):
+    """Another writer may lock the new file before its maker does, and remove it after that."""
+    flock, removers = fcntl.flock, []
+
+    def take_first(descriptor, operation):
+        if not removers:
+            remover = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+            removers.append((remover, os.readlink(f"/proc/self/fd/{descriptor}")))
+            flock(remover, operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", take_first)
+    with CheckpointWriter(tmp_path / "x", specs_of(two), 0) as writer:
+        ((remover, path),) = removers
+        os.unlink(path)
+        os.close(remover)
+        for name, tensor in two.items():
+            writer.write(name, tensor)
+        writer.commit({})
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_copy_onto_itself_leaves_nothing(tmp_path):
+    """A rename among names of one file does nothing at all, so that the third name would stay."""
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"whole")
+    os.link(source, target)
+    place_copy(source, target)
+    place_copy(source, source)
+    assert target.read_bytes() == b"whole"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_copy_under_a_second_name(tmp_path, monkeypatch):
