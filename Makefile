@@ -43,7 +43,7 @@ test-slow: dev
 audit:
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet pip-audit==$(PIP_AUDIT)
-	$(PYTHON) .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt
+	$(PYTHON) .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt $(wildcard $(BIN)/python)
 
 quality: dev
 	$(BIN)/python -m benchmarks.quality --plot docs/quality.svg
