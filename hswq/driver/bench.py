@@ -15,6 +15,7 @@ from torch import nn
 
 from hswq.calibration import Embeddings
 from hswq.config import BenchConfig
+from hswq.driver.job import cast_file_bytes
 from hswq.driver.sampling import memory_told, prepare_sampling
 from hswq.driver.source import Source, open_source
 from hswq.errors import FormatError, InputError
@@ -23,6 +24,7 @@ from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.loader import dequantize_module, load_transformer, load_unet, quantize_module
 from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
+from hswq.models.map import ModelMap
 from hswq.models.quiet import quiet_libraries
 from hswq.plan import LayerPlan, Plan
 from hswq.progress import Progress, no_progress
@@ -59,15 +61,24 @@ def bench_files(
         config: prompts, noises, steps and the like.
         progress: called with (phase, images done, images in all).
     Raises:
-        InputError: a file is of another family or layout, or a component is missing.
+        InputError: a file is of another model, a component is missing, or sequential_offload is
+            asked for.
         FormatError: a file is damaged.
     """
+    if config.sequential_offload:
+        raise InputError(
+            "files cannot be compared with sequential_offload: FP8 layers compute where their "
+            "weights lie, and offloaded ones lie nowhere. Drop it, with a smaller latent or batch "
+            "for a small GPU, or take device='cpu'."
+        )
     paths = [Path(path) for path in files]
     seeds = list(range(config.seed, config.seed + config.seeds))
     with open_source(src) as source, quiet_libraries(), memory_told(config):
         for file in paths:
             _check_family(file, source)
         sampling = prepare_sampling(source, config, progress, vae=True)
+        for file in paths:
+            _check_model(file, source, sampling.model_map)
         pipeline, denoiser = sampling.pipeline, sampling.denoiser
         prompts = sampling.prompts or _numbered(sampling.conditioning, config.samples)
         family = FAMILIES[source.detection.family]
@@ -117,8 +128,12 @@ def bench_files(
                 "noise_error": trajectory.errors(denoiser, device),
                 **measure(painted, exact, perceptual),
             }
-            size = None if path is None else path.stat().st_size
-            bench.entries.append(Entry(name, size, _options(path), values, painted))
+            if path is None:
+                size = cast_file_bytes(source, sampling.model_map)
+            else:
+                size = path.stat().st_size
+            entry = Entry(name, size, _options(path), values, painted, has_file=path is not None)
+            bench.entries.append(entry)
         if config.write_metadata:
             for entry, content, written in zip(
                 bench.entries[1:], bench.to_dict()["entries"][1:], paths, strict=True
@@ -165,6 +180,31 @@ def _check_family(path: Path, source: Source) -> None:
             f"'{path}' is of the family {found}, '{source.checkpoint.path}' of {family}: files of "
             "one model can be compared."
         )
+
+
+def _check_model(path: Path, source: Source, model_map: ModelMap) -> None:
+    """Refuse a file of another model of the family, before anything is painted.
+
+    Files of another layout are compared when they are loaded.
+
+    Raises:
+        InputError: a tensor of the denoiser is missing or of another shape.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        found = detect(checkpoint)
+        if found.layout != source.detection.layout:
+            return
+        for key in {part.key for parts in model_map.sources.values() for part in parts}:
+            own = found.prefix + key.removeprefix(source.detection.prefix)
+            info = checkpoint.tensors.get(own)
+            expected = source.checkpoint.tensors[key].shape
+            if info is None or info.shape != expected:
+                what = "is missing" if info is None else f"is {list(info.shape)}"
+                raise InputError(
+                    f"'{path}' is of another model than '{source.checkpoint.path}': {own!r} {what} "
+                    f"there, and {list(expected)} here. Give files that were made from this "
+                    "checkpoint."
+                )
 
 
 def _load(

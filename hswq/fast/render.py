@@ -146,7 +146,7 @@ def render_bench(bench: Bench) -> str:
     metrics = list(means[0])
     rows = [("file", "size", *metrics)]
     for entry, found in zip(bench.entries, means, strict=True):
-        size = "-" if entry.file_bytes is None else gigabytes(entry.file_bytes)
+        size = ("" if entry.has_file else "≈ ") + gigabytes(entry.file_bytes)
         cells = (f"{found[name][0]:.3g} ± {found[name][1]:.1g}" for name in metrics)
         rows.append((escape(entry.name), size, *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -36,17 +36,19 @@ class Entry:
 
     Attributes:
         name: how it is called.
-        file_bytes: size of its file; None where it has none.
+        file_bytes: size of its file; predicted for the naive cast, which has none.
         options: what its file says of how it was made.
         values: by metric one number a pair of prompt and seed; noise_error one a call.
         painted: its images.
+        has_file: False for what was made for the comparison alone.
     """
 
     name: str
-    file_bytes: int | None
+    file_bytes: int
     options: dict[str, Any]
     values: dict[str, Tensor]
     painted: Painted
+    has_file: bool = True
 
     def means(self, prompts: int) -> dict[str, tuple[float, float]]:
         """Return mean and half width of the 95 % interval of every metric."""
@@ -95,6 +97,7 @@ class Bench:
         return {
             "name": entry.name,
             "file_bytes": entry.file_bytes,
+            "has_file": entry.has_file,
             "options": entry.options,
             "mean": {n: finite(mean) for n, (mean, _) in entry.means(len(self.prompts)).items()},
             "ci95": {n: finite(width) for n, (_, width) in entry.means(len(self.prompts)).items()},

@@ -108,7 +108,7 @@ def _figures(bench: Bench, metrics: list[str]) -> str:
         "<tr><th>file</th><th>size</th>" + "".join(f"<th>{it}</th>" for it in metrics) + "</tr>"
     ]
     for entry, found in zip(bench.entries, means, strict=True):
-        cells = [f"<td>{escape(entry.name)}</td><td>{_size(entry.file_bytes)}</td>"]
+        cells = [f"<td>{escape(entry.name)}</td><td>{_size(entry)}</td>"]
         for name in metrics:
             mean, width = found.get(name, (math.nan, math.nan))
             mark = ' class="best"' if mean == best[name] else ""
@@ -186,14 +186,17 @@ def _option_lists(bench: Bench) -> Iterator[str]:
 
 
 def _described(entry: Entry) -> str:
-    if entry.file_bytes is None:
-        return "every Linear and Conv2d rounded to E4M3 without a scale, made for this comparison"
+    if not entry.has_file:
+        return (
+            "every Linear and Conv2d rounded to E4M3 without a scale, made for this comparison; "
+            "its size is predicted"
+        )
     known: dict[str, Any] = entry.options
     return ", ".join(f"{name} {value}" for name, value in known.items()) or "not written by hswq"
 
 
-def _size(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:,.1f} MB"
+def _size(entry: Entry) -> str:
+    return f"{'' if entry.has_file else '≈ '}{entry.file_bytes / 1e6:,.1f} MB"
 
 
 def _number(value: float) -> str:

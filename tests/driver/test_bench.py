@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hswq
-from hswq.calibration import save_embeddings
+from hswq.calibration import Recorder, save_embeddings
 from hswq.config import BenchConfig
 from hswq.driver import bench_files
 from hswq.driver.sampling import prepare_sampling
 from hswq.driver.source import open_source
 from hswq.errors import InputError, OptionError
 from hswq.fast.__main__ import main
+from hswq.fast.render import render_bench
 from hswq.formats.reader import Checkpoint
-from hswq.quality.bench import METRICS
+from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.quality.bench import METRICS, Trajectory
 from hswq.quality.report import write_report
 from tests.checkpoints import flux_shapes, write_random
 from tests.tiny import Tiny
@@ -86,6 +88,74 @@ def test_kept_file_paints_the_same_and_cast_file_is_the_naive_cast(bench):
     assert "lpips" not in naive.values
     assert half.options["container"] == "hswq"
     assert naive.options == {}
+
+
+def test_naive_cast_has_the_size_of_its_file(bench, files, tmp_path):
+    """Figures without sizes cannot be compared at equal size."""
+    naive, _, cast, _ = bench.entries
+    with Checkpoint.open(files["cast"]) as checkpoint:
+        tensors = checkpoint.tensors.values()
+        specs = [TensorSpec(info.name, info.dtype, info.shape) for info in tensors]
+    assert naive.file_bytes == CheckpointWriter.predict_file_bytes(specs, 0)
+    assert 0 < cast.file_bytes - naive.file_bytes < 200_000
+    assert (naive.has_file, cast.has_file) == (False, True)
+    size = f"≈ {naive.file_bytes / 1e6:,.1f} MB"
+    write_report(bench, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert size in page
+    assert "its size is predicted" in page
+    assert f"≈ {naive.file_bytes / 1e6:.2f} MB" in render_bench(bench)
+    assert bench.to_dict()["entries"][0]["file_bytes"] == naive.file_bytes
+
+
+def test_noise_error_is_the_relative_squared_change():
+    """By hand: (y - y0)^2 = 1 + 0 + 4 over y0^2 = 1 + 4 + 4, and 0.25 of the power for half."""
+    layer = torch.nn.Linear(3, 3, bias=False)
+    recorder = Recorder(2)
+    handle = recorder.attach(layer)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3))
+        for x in ([1.0, 2.0, 2.0], [0.0, 3.0, 0.0]):
+            layer(torch.tensor([x]))
+        handle.remove()
+        calls = tuple(recorder.records())
+        answers = tuple(layer(call.args[0]).double() for call in calls)
+        trajectory = Trajectory(calls, answers)
+        device = torch.device("cpu")
+        assert trajectory.errors(layer, device).tolist() == [0.0, 0.0]
+        layer.weight.copy_(torch.diag(torch.tensor([2.0, 1.0, 2.0])))
+        assert trajectory.errors(layer, device).tolist() == pytest.approx([5 / 9, 0.0])
+        layer.weight.copy_(torch.eye(3) / 2)
+        assert trajectory.errors(layer, device).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_sequential_offload_is_refused(tiny, files, prompts):
+    """Its weights lie nowhere, which an error deep in diffusers would tell an hour later."""
+    with pytest.raises(InputError, match=r"cannot be compared with sequential_offload.*'cpu'"):
+        bench_files(
+            tiny.checkpoint, [files["half"]], config(tiny, prompts, sequential_offload=True)
+        )
+
+
+def test_other_models_of_the_family_are_told_before_anything_is_painted(
+    tiny, files, prompts, tmp_path
+):
+    """The unquantized model would paint for an hour first."""
+
+    def fail(phase, done, total):
+        assert phase == "encode", f"{phase} ran"
+
+    for name in ("missing", "shape"):
+        tensors = load_file(files["cast"])
+        key = next(key for key in tensors if key.endswith("ff.net.2.weight"))
+        if name == "missing":
+            del tensors[key]
+        else:
+            tensors[key] = tensors[key][:, :-1].contiguous()
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors, path)
+        with pytest.raises(InputError, match=r"is of another model than .*ff\.net\.2\.weight"):
+            bench_files(tiny.checkpoint, [path], config(tiny, prompts), progress=fail)
 
 
 def test_pairs_are_prompts_with_noises(tiny, files, prompts, bench):
