@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import hswq
 from hswq.errors import InputError, PlanError
+from hswq.quality.bench import Trajectory
 
 
 def small_model() -> nn.Module:
@@ -53,3 +56,33 @@ def test_preset_of_an_unknown_module_is_refused() -> None:
     config = hswq.QuantizeConfig(keep_preset="peers")
     with pytest.raises(PlanError, match=r"no --keep-preset peers for this model.*--keep"):
         hswq.make_plan(model, calibration, config)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_predicted_error_is_near_the_measured_one(rounding: str) -> None:
+    """Users choose a budget by it: the impacts added up, as if layers erred independently."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Flatten(2)]
+    parts += [nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, 8)]
+    model = nn.Sequential(*parts).eval()
+    with (
+        torch.no_grad(),
+        hswq.observe(model, gram=rounding == "compensated", record=4) as calibration,
+    ):
+        for _ in range(4):
+            model(torch.randn(4, 3, 8, 8) + 0.5)
+    options = {"rounding": rounding, "bias_correction": False, "sensitivity": "impact"}
+    config = hswq.QuantizeConfig(**options, keep_bytes=0.3, container="hswq")
+    calibration.measure_impact(model, config)
+    plan = hswq.make_plan(model, calibration, config)
+    assert plan.kept
+    assert len(plan.quantized) > 1
+    cpu = torch.device("cpu")
+    calls = calibration.records
+    with torch.no_grad():
+        answers = tuple(call.run(model, cpu).double() for call in calls)
+    quantized = hswq.quantize_module(copy.deepcopy(model), plan, calibration)
+    measured = float(Trajectory(tuple(calls), answers).errors(quantized, cpu).mean())
+    # Errors of layers that follow each other are not independent, but nearly so.
+    assert plan.predicted_error is not None
+    assert measured / 1.5 < plan.predicted_error < measured * 1.5
