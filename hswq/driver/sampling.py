@@ -231,9 +231,9 @@ def _cures(config: CalibrationConfig, samples: bool) -> tuple[list[str], list[st
     elif samples and config.rounding != "nearest":
         going_on.append("a smaller --gram-memory")
     if samples:
-        cures = anew if isinstance(config, BenchConfig) else going_on
-        if not config.sequential_offload:
-            cures.append("--sequential-offload")
+        # What is compared cannot be offloaded.
+        if not config.sequential_offload and not isinstance(config, BenchConfig):
+            going_on.append("--sequential-offload")
         anew.append("a smaller --latent")
         if config.calib_dtype in ("auto", "fp32"):
             anew.append("--calib-dtype bf16")
