@@ -27,7 +27,8 @@ def parse_json(data: str | bytes, where: str, *, constants: bool = False) -> dic
     """
     parsed = parse_any(data, where, constants=constants)
     if not isinstance(parsed, dict):
-        raise FormatError(f"{where} is JSON, but no object.")
+        kind = type(parsed).__name__
+        raise FormatError(f"{where} is JSON, but no object: it is a {kind}, an object is needed.")
     return parsed
 
 
