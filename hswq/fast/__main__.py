@@ -16,12 +16,12 @@ from typing import Any, cast
 from hswq.config import BenchConfig, CalibrationConfig, QuantizeConfig
 from hswq.errors import BackendError, HswqError, InputError, OptionError
 from hswq.fast.arguments import config_from, make_parser
-from hswq.fast.stop import stopping_safely
+from hswq.fast.stop import EXIT_INTERRUPTED, stopping_safely
 from hswq.fast.terminal import EscapingFormatter, escape_lines
 from hswq.processes import rank_of_environment
 from hswq.progress import Progress, no_progress
 
-EXIT_REFUSED, EXIT_USAGE, EXIT_BACKEND, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_REFUSED, EXIT_USAGE, EXIT_BACKEND, EXIT_INTERNAL = 1, 2, 3, 4
 
 # Commands that do nothing but read, work and write.
 _STREAMING = ("quantize", "convert", "dequantize", "inspect", "compare")
@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HswqError, OSError) as error:
         return _fail(error, EXIT_REFUSED)
     except KeyboardInterrupt as error:
-        text = str(error) or "interrupted: nothing was written under the output's name"
-        print(escape_lines(text), file=sys.stderr)
+        _tell(
+            str(error)
+            or "interrupted: under the output's name is the old file or the whole new one, or none"
+        )
         return EXIT_INTERRUPTED
     except Exception as error:
         logger.exception("internal error")
@@ -89,8 +91,18 @@ def _check_processes(arguments: argparse.Namespace) -> None:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    print(escape_lines(f"{type(error).__name__}: {error}"), file=sys.stderr)
+    _tell(f"{type(error).__name__}: {error}")
     return code
+
+
+def _tell(text: str) -> None:
+    """Print on stderr, where it is still read."""
+    try:
+        print(escape_lines(text), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        # The program behind the pipe has ended. What is left in the buffer goes nowhere: at exit
+        # Python would try again, fail, and change the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _with_bars(arguments: argparse.Namespace, work: Callable[[Progress], Any]) -> Any:
