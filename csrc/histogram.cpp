@@ -102,8 +102,8 @@ size_t MagnitudesUpTo(DType dtype, float largest) {
     return limit < ActiveKernels().max_abs(dtype, &magnitude, 1, 1, 1);
   };
   // NaN, at the end, exceed all: a comparison with them is false.
-  const uint16_t* const finite_end = std::lower_bound(
-      all, all + kHalfMagnitudes, 0, [dtype](const uint16_t& magnitude, int) {
+  const uint16_t* const finite_end =
+      std::lower_bound(all, all + kHalfMagnitudes, 0, [dtype](const uint16_t& magnitude, int) {
         return std::isfinite(ActiveKernels().max_abs(dtype, &magnitude, 1, 1, 1));
       });
   return static_cast<size_t>(std::upper_bound(all, finite_end, largest, exceeds) - all);

@@ -117,8 +117,15 @@ MUTATIONS = [
         (
             "the tail of the look-up of values is dropped",
             "quantize.inl",
-            "for (size_t i = 0; i < count; ++i) typed[i] = table[codes[i]];",
-            "for (size_t i = 0; i < count / 8 * 8; ++i) typed[i] = table[codes[i]];",
+            "for (size_t i = 0; i < count; ++i) values[i] = table[codes[i]];",
+            "for (size_t i = 0; i < count / 8 * 8; ++i) values[i] = table[codes[i]];",
+            "dequantize_e4m3",
+        ),
+        (
+            "the largest subnormal codes become the next normal bfloat16",
+            "quantize.inl",
+            "magnitude >= 4 ? upper : magnitude >= 2 ? lower : least",
+            "magnitude >= 2 ? lower : least",
             "dequantize_e4m3",
         ),
         (
@@ -250,8 +257,8 @@ MUTATIONS = [
         (
             "the largest magnitudes are not binned",
             "histogram.cpp",
-            "tables[used - 1] == 0",
-            "tables[used - 1] < 1000",
+            "largest, exceeds) - all)",
+            "largest, exceeds) - all - 1)",
             "weighted_histogram",
         ),
         (
@@ -264,7 +271,7 @@ MUTATIONS = [
         (
             "sums of another worker's call before are left",
             "histogram.cpp",
-            "std::fill_n(table, kHalfMagnitudes, int64_t{0});",
+            "std::fill_n(table, used, int64_t{0});",
             "",
             "weighted_histogram cpp_extension",
         ),
