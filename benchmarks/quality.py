@@ -256,10 +256,11 @@ def errors(painted: Painted, exact: Painted, prompts: int) -> dict[str, Any]:
 
 
 def recorded_rows() -> list[dict[str, Any]]:
-    """Return this machine's rows, in the order in which they were written."""
-    path = RESULTS / f"{machine_name()}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["op"] == "quality"]
+    """Return the rows of every machine in the order of writing, those of this one last."""
+    own = f"{machine_name()}.jsonl"
+    paths = sorted(RESULTS.glob("*.jsonl"), key=lambda path: (path.name == own, path.name))
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in map(json.loads, lines) if row.get("op") == "quality"]
 
 
 def latest_rows(model: str) -> dict[tuple[str, str, float], dict[str, Any]]:

@@ -503,7 +503,7 @@ def scaled_matmul(
     and activation applied in float32, and the result is rounded once to x's dtype. Before that
     rounding and the activation it is off by at most (I + 8) * u * (sum |x' W| * scale + |bias|);
     with compute fp8 on GPUs that multiply FP8, whose units keep fewer bits of a sum, by 2^-12 of
-    that sum more.
+    that sum more. CPUs that multiply bfloat16 take its subnormals for 0.
 
     Args:
         x: floating point [..., I].
