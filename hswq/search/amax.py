@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -82,12 +83,19 @@ def histogram_power(hists: Tensor, max_abs: Tensor) -> Tensor:
     Returns:
         float64 [L], on the device of the histograms.
     """
-    bins = hists.shape[-1]
-    places = torch.arange(bins, dtype=torch.float64, device=hists.device) + 0.5
-    # Both tensors: a division by a number may become a product with its reciprocal.
-    widths = max_abs.double() / torch.full_like(max_abs, bins, dtype=torch.float64)
-    centres = places * widths[:, None]
+    places, bins = _places(hists.shape[-1], hists.device)
+    centres = places * (max_abs.double() / bins)[:, None]
     return kernels.tree_sum(hists * centres * centres)
+
+
+@lru_cache(maxsize=8)
+def _places(bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return b + 0.5 of every bin, and the number of bins, both float64.
+
+    That is a tensor as well: a division by a number may become a product with its reciprocal.
+    """
+    places = torch.arange(bins, dtype=torch.float64, device=device) + 0.5
+    return places, torch.tensor(bins, dtype=torch.float64, device=device)
 
 
 def search_amax(
