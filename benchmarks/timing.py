@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from hswq.kernels import backend_report
 
 Side = Callable[[], object]
 Times = dict[str, list[float]]
+_Item = TypeVar("_Item")
 
 
 def add_run_options(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -63,7 +64,7 @@ def time_once(side: Side) -> float:
     return seconds
 
 
-def in_turn(sides: Mapping[str, Side], start: int) -> Iterable[tuple[str, Side]]:
+def in_turn(sides: Mapping[str, _Item], start: int) -> Iterable[tuple[str, _Item]]:
     """Return the sides in their order, beginning with number `start`."""
     items = list(sides.items())
     start %= len(items)

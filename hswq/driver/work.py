@@ -7,7 +7,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from hswq.errors import FormatError, InputError, Interrupted
-from hswq.formats.writer import remove_abandoned
+from hswq.formats.writer import remove_abandoned, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -163,19 +162,7 @@ class WorkFolder:
         Raises:
             InputError: the disk refuses.
         """
-        # Process numbers repeat between containers.
-        temporary = self.path / f".{name}.{secrets.token_hex(8)}"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            _sync(temporary)
-            temporary.replace(self.path / name)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise InputError(
-                f"{self.path / name} cannot be written: {error.strerror}. Free disk space, or give "
-                "an output on another disk."
-            ) from error
+        write_whole(self.path / name, text.encode())
 
     def _check_ours(self) -> None:
         """Refuse a folder that another program, or its user, has filled.
@@ -208,14 +195,6 @@ class WorkFolder:
 
 class _Unknown:
     """Differs from every fact."""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _claim(descriptor: int, path: Path) -> None:

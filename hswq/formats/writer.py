@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import platform
 import secrets
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +25,14 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPES
 from hswq.formats.layout import Layout, TensorSpec
 
-__all__ = ["CheckpointWriter", "TensorSpec", "check_room", "place_copy", "remove_abandoned"]
+__all__ = [
+    "CheckpointWriter",
+    "TensorSpec",
+    "check_room",
+    "place_copy",
+    "remove_abandoned",
+    "write_whole",
+]
 
 # One pwrite moves at most 2**31 - 4096 bytes on Linux.
 _WRITE_BYTES = 1 << 30
@@ -280,17 +289,17 @@ def place_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
     temporary = _partial_path(target.parent)
     try:
         remove_abandoned(target.parent)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            descriptor, temporary = _create_locked(target.parent)
-            with open(descriptor, "wb") as copy, open(source, "rb") as original:
-                shutil.copyfileobj(original, copy, _COPIED_BYTES)
-                copy.flush()
-                os.fsync(copy.fileno())
-        os.replace(temporary, target)
-        # Where the two were already one file, that changes nothing, and the third name stays.
-        temporary.unlink(missing_ok=True)
+        with open(source, "rb") as original:
+            # The link is the same file, whose lock says that somebody still needs that name too.
+            with contextlib.suppress(OSError):
+                fcntl.flock(original, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                temporary = _write_partial(target.parent, original)
+            os.replace(temporary, target)
+            # Where the two were already one file, that changes nothing, and the third name stays.
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         needed = os.stat(source).st_size
@@ -298,6 +307,45 @@ def place_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a small file, which takes its name when it is complete and on the disk.
+
+    Args:
+        path: the target; a symbolic link is followed. Devices and pipes are written to.
+        data: all its bytes.
+    Raises:
+        InputError: the disk refuses; an older file is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        remove_abandoned(target.parent)
+        temporary = _write_partial(target.parent, io.BytesIO(data))
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _refused(target, error, len(data)) from error
+
+
+def _write_partial(folder: Path, content: BinaryIO) -> Path:
+    """Write a hidden file, synced, and return its path; nothing is left of one that fails."""
+    descriptor, path = _create_locked(folder)
+    try:
+        with open(descriptor, "wb") as file:
+            shutil.copyfileobj(content, file, _COPIED_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hswq.errors import FormatError
+from hswq.formats.writer import write_whole
 from hswq.search import AmaxResult
 
 PLAN_VERSION = 1
@@ -168,12 +169,13 @@ class Plan:
             raise FormatError(f"{where} is a damaged hswq plan: {error}.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, replacing `path` at once."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
+        """Write the plan as JSON, replacing `path` at once.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        write_whole(path, f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hswq.errors import InputError
+from hswq.formats.writer import write_whole
 from hswq.plan import CurvePoint
 
 SUFFIXES = (".png", ".svg")
@@ -63,7 +65,7 @@ def plot_curve(
         chosen: size in bytes and predicted error of the plan itself.
         path: .png or .svg.
     Raises:
-        InputError: see `check_plot_path`.
+        InputError: see `check_plot_path`; or the file cannot be written.
     """
     target = check_plot_path(path)
     figure, axes = pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
@@ -75,4 +77,6 @@ def plot_curve(
         axes.legend(frameon=False)
     axes.set(yscale="log", xlabel=f"file, {unit}", ylabel="predicted relative squared error")
     axes.grid(visible=True, alpha=0.3)
-    save(figure, target, target.suffix[1:])
+    drawn = io.BytesIO()
+    save(figure, drawn, target.suffix[1:])
+    write_whole(target, drawn.getvalue())

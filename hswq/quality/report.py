@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hswq.errors import InputError
+from hswq.formats.writer import write_whole
 from hswq.quality.bench import METRICS, Bench, Entry, per_prompt
 from hswq.quality.plots import pyplot, save
 
@@ -55,11 +56,9 @@ def write_report(bench: Bench, path: str | os.PathLike[str]) -> Path:
     """
     target, data = Path(path), data_path(path)
     page = _page(bench)
-    try:
-        data.write_text(json.dumps(bench.to_dict(), indent=1) + "\n", encoding="utf-8")
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"report {str(target)!r} cannot be written: {error.strerror}.") from error
+    figures = json.dumps(bench.to_dict(), indent=1)
+    write_whole(data, f"{figures}\n".encode())
+    write_whole(target, page.encode())
     return data
 
 

@@ -153,8 +153,8 @@ def test_text_parts_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with WorkFolder(tmp_path / "s.safetensors") as work:
-        monkeypatch.setattr(Path, "write_text", full)
-        with pytest.raises(InputError, match=r"job\.json cannot be written: No space left"):
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match=r"job\.json does not fit on the disk: it needs "):
             work.agree({"--steps": 1})
 
 

@@ -129,7 +129,7 @@ def test_text_part_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         work.write("impact-00000.json", "{}")
         assert calls == ["fsync", "replace"]
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"impact-00001\.json cannot be written: No space"):
+        with pytest.raises(InputError, match=r"impact-00001\.json does not fit on the disk"):
             work.write("impact-00001.json", "{}")
         names = {path.name for path in work.path.iterdir()}
         assert names == {".lock", "impact-00000.json"}
@@ -139,13 +139,8 @@ def test_temporaries_of_containers_differ(tmp_path: Path, monkeypatch: pytest.Mo
     """In containers every process is number 1: the one would replace the other's text."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     seen: list[Path] = []
-    write_text = Path.write_text
-
-    def note(path: Path, *args: object, **kwargs: object) -> int:
-        seen.append(path)
-        return write_text(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "write_text", note)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(old), replace(old, new)))
     with WorkFolder(tmp_path / "s.safetensors") as work:
         work.agree({})
         work.agree({})

@@ -21,7 +21,13 @@ from hswq.errors import InputError
 from hswq.formats.dtypes import DTYPE_NAMES, DTYPES
 from hswq.formats.header import MAX_HEADER_BYTES
 from hswq.formats.reader import Checkpoint
-from hswq.formats.writer import CheckpointWriter, TensorSpec, place_copy
+from hswq.formats.writer import (
+    CheckpointWriter,
+    TensorSpec,
+    place_copy,
+    remove_abandoned,
+    write_whole,
+)
 from hswq.strict_json import MAX_TEXT_BYTES
 from tests.formats.files import random_tensor, raw_bytes
 
@@ -491,3 +497,46 @@ def test_copy_under_a_second_name(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="its folder does not exist"):
         place_copy(source, tmp_path / "no" / "b")
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_copy_is_not_taken_for_abandoned(tmp_path, monkeypatch):
+    """Another run in the folder tidies up between the link and its new name."""
+    source, target = tmp_path / "a", tmp_path / "out" / "b"
+    target.parent.mkdir()
+    source.write_bytes(b"new")
+    replace = os.replace
+
+    def after_tidying(old, new):
+        remove_abandoned(target.parent)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", after_tidying)
+    place_copy(source, target)
+    assert target.read_bytes() == b"new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_small_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A page or a plan that is half written loses the old one."""
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    target, link = folder / "page.html", tmp_path / "link"
+    link.symlink_to(target)
+    write_whole(link, b"old")
+    assert link.is_symlink() and target.read_bytes() == b"old"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match=r"page\.html does not fit on the disk: it needs 3"):
+            write_whole(target, b"new")
+    with pytest.raises(InputError, match="its folder does not exist"):
+        write_whole(tmp_path / "no" / "page.html", b"new")
+    with pytest.raises(InputError, match=r"pages cannot be written"):
+        write_whole(folder, b"new")
+    assert target.read_bytes() == b"old"
+    assert list(folder.iterdir()) == [target]
+    write_whole("/dev/null", b"new")
+    assert not os.path.isfile("/dev/null")
