@@ -286,27 +286,13 @@ def place_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
         InputError: the target cannot be written; an older one is as it was.
     """
     target = Path(os.path.realpath(path))
-    temporary = _partial_path(target.parent)
     try:
         remove_abandoned(target.parent)
         with open(source, "rb") as original:
-            # The link is the same file, whose lock says that somebody still needs that name too.
-            with contextlib.suppress(OSError):
-                fcntl.flock(original, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                os.link(source, temporary)
-            except OSError:
-                temporary = _write_partial(target.parent, original)
-            os.replace(temporary, target)
-            # Where the two were already one file, that changes nothing, and the third name stays.
-            temporary.unlink(missing_ok=True)
+            if not _place_link(original, Path(source), target):
+                _place(original, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        needed = os.stat(source).st_size
-        raise _refused(target, error, needed) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise _refused(target, error, os.stat(source).st_size) from error
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -324,28 +310,42 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             target.write_bytes(data)
             return
         remove_abandoned(target.parent)
-        temporary = _write_partial(target.parent, io.BytesIO(data))
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        _place(io.BytesIO(data), target)
     except OSError as error:
         raise _refused(target, error, len(data)) from error
 
 
-def _write_partial(folder: Path, content: BinaryIO) -> Path:
-    """Write a hidden file, synced, and return its path; nothing is left of one that fails."""
-    descriptor, path = _create_locked(folder)
+def _place_link(original: BinaryIO, source: Path, target: Path) -> bool:
+    """Link an open file to the target; False where the disks do not allow it."""
+    # The link is the same file, whose lock says that somebody still needs that name too.
+    with contextlib.suppress(OSError):
+        fcntl.flock(original, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    temporary = _partial_path(target.parent)
     try:
-        with open(descriptor, "wb") as file:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            return False
+        os.replace(temporary, target)
+    finally:
+        # Where the two were already one file, moving changes nothing, and the third name stays.
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _place(content: BinaryIO, target: Path) -> None:
+    """Write the target beside itself, sync, and move it there; nothing is left if that fails."""
+    descriptor, temporary = _create_locked(target.parent)
+    # Locked until it has its name.
+    with open(descriptor, "wb") as file:
+        try:
             shutil.copyfileobj(content, file, _COPIED_BYTES)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -499,8 +499,9 @@ def test_copy_under_a_second_name(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-def test_copy_is_not_taken_for_abandoned(tmp_path, monkeypatch):
-    """Another run in the folder tidies up between the link and its new name."""
+@pytest.mark.parametrize("how", ["link", "copy", "text"])
+def test_file_on_its_way_is_not_taken_for_abandoned(tmp_path, monkeypatch, how):
+    """Another process of the run tidies up just before the file gets its name."""
     source, target = tmp_path / "a", tmp_path / "out" / "b"
     target.parent.mkdir()
     source.write_bytes(b"new")
@@ -510,8 +511,16 @@ def test_copy_is_not_taken_for_abandoned(tmp_path, monkeypatch):
         remove_abandoned(target.parent)
         replace(old, new)
 
+    def other_disk(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
     monkeypatch.setattr(os, "replace", after_tidying)
-    place_copy(source, target)
+    if how == "text":
+        write_whole(target, b"new")
+    else:
+        if how == "copy":
+            monkeypatch.setattr(os, "link", other_disk)
+        place_copy(source, target)
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
 
@@ -523,7 +532,8 @@ def test_small_file_is_whole_or_not_there(tmp_path, monkeypatch):
     target, link = folder / "page.html", tmp_path / "link"
     link.symlink_to(target)
     write_whole(link, b"old")
-    assert link.is_symlink() and target.read_bytes() == b"old"
+    assert link.is_symlink()
+    assert target.read_bytes() == b"old"
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
