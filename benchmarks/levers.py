@@ -6,10 +6,10 @@
 
 `impact` measures every eighth unit (--every) on one recorded call and compares the time with one
 forward a unit.
-`compensate` gathers, factorizes and rounds one layer of each shape, on inputs that are correlated
-as an autoregressive process, and adds up: a call's Gram matrices, all factors, all roundings.
-Layers with shared inputs share matrix and factors. Factors take one thread each, several at a
-time in a calibration.
+`compensate` gathers, factorizes and rounds one layer of each shape, on inputs (patches of images
+for convolutions) that are correlated as an autoregressive process, and adds up: a call's Gram
+matrices, all factors, all roundings. Layers with shared inputs share matrix and factors. Factors
+take one thread each, several at a time in a calibration.
 """
 
 from __future__ import annotations
@@ -178,10 +178,20 @@ def _measure(
     layer: GramLayer, shapes: list[tuple[int, ...]], pool: Pool, seed: int
 ) -> tuple[tuple[float, float], dict[tuple[int, ...], float]]:
     width = layer.columns // layer.blocks
-    rows = autoregressive(ROWS_PER_CALL, layer.columns, seed)
     matrix = torch.zeros(layer.blocks, width, width)
-    gathering, count = seconds_of(lambda: hswq.kernels.gram(rows, matrix))
-    gram = Gram(matrix, rows.double().sum(0), int(count))
+    kernel = shapes[0][2:]
+    if math.prod(kernel) > 1:
+        # Images with ROWS_PER_CALL positions, as the hooks give them to the kernel: padded.
+        edge = math.isqrt(ROWS_PER_CALL)
+        high, wide = (edge + size - 1 for size in kernel)
+        x = autoregressive(high * wide, shapes[0][1], seed).T.reshape(1, -1, high, wide)
+        gathering, count = seconds_of(lambda: hswq.kernels.gram(x, matrix, kernel_size=kernel))
+        total = nn.functional.unfold(x, kernel).double().sum((0, 2))
+    else:
+        x = autoregressive(ROWS_PER_CALL, layer.columns, seed)
+        gathering, count = seconds_of(lambda: hswq.kernels.gram(x, matrix))
+        total = x.double().sum(0)
+    gram = Gram(matrix, total, int(count))
     factorizing, factors = seconds_of(lambda: Factors(gram, centred=True, damping=0.01))
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -57,11 +57,14 @@ Pair = int | tuple[int, int]
 
 def _run(op: str, backend: str | None, device: torch.device, *args: Any) -> Any:
     implementation = dispatch.select(op, backend, device)
-    # Leaving what is not on would cost as much as a small op.
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(device.type)
+    # Entering what is not on would cost as much as a small op.
+    if not (grad or autocast):
+        return implementation(*args)
     with contextlib.ExitStack() as modes:
-        if torch.is_grad_enabled():
+        if grad:
             modes.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type):
+        if autocast:
             modes.enter_context(torch.autocast(device.type, enabled=False))
         return implementation(*args)
 
