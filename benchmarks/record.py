@@ -49,9 +49,15 @@ def commit_name() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def record(row: dict[str, Any]) -> None:
-    """Print one result and append it to this machine's file, with commit and versions."""
+def print_row(row: dict[str, Any]) -> str:
+    """Print one result with commit and versions, and return the line."""
     line = json.dumps({**row, "commit": commit_name(), "torch": torch.__version__})
-    print(line)
+    print(line, flush=True)
+    return line
+
+
+def record(row: dict[str, Any]) -> None:
+    """Print one result and append it to this machine's file."""
+    line = print_row(row)
     with open(RESULTS / f"{machine_name()}.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")

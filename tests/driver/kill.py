@@ -11,7 +11,6 @@ process, which has imported everything, so that the kills fall into the work.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -22,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import print_row, record
 
 OLD = b"the file that was there before"
 # Calls that change what lies on the disk.
@@ -202,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="append it to benchmarks/results too")
     options = parser.parse_args()
     # Threads of the parent would not live on in its forks.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -217,8 +219,15 @@ def main() -> None:
                     what = f"{name}, at {'calls' if at_call else 'times'}"
                     found[what] = found.get(what, 0) + harness.kill(name, at_call)
             print(f"{sum(found.values())} of {options.points}", file=sys.stderr)
-        told = {"kills": found, "refused": harness.refused, "calls": harness.calls}
-        print(json.dumps({**told, "seed": options.seed}))
+        told = {
+            "op": "kill",
+            "kills": sum(found.values()),
+            "kills_by_point": found,
+            "refused": harness.refused,
+            "calls": harness.calls,
+            "seed": options.seed,
+        }
+    (record if options.record else print_row)(told)
 
 
 if __name__ == "__main__":

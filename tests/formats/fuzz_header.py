@@ -28,6 +28,7 @@ from typing import Any
 
 import safetensors
 
+from benchmarks.record import print_row, record
 from hswq.errors import FormatError, HswqError
 from hswq.formats.quantized import quantized_weights
 from hswq.formats.reader import Checkpoint
@@ -259,18 +260,20 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, nargs="*", default=[1.0, 5.0, 20.0])
+    parser.add_argument("--record", action="store_true", help="append it to benchmarks/results too")
     options = parser.parse_args()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + _ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    put = record if options.record else print_row
     failed = False
     for megabytes in options.megabytes:
         large = fuzz_large(megabytes)
-        print(json.dumps({"megabytes": megabytes, **large}), flush=True)
+        put({"op": "fuzz large headers", "megabytes": megabytes, **large})
         failed |= large["large_slowest_ms"] > _SLOWEST_MS
         failed |= large["large_peak_share_of_the_limit"] > 1.0
     found = fuzz(options.files, options.seed)
-    print(json.dumps(found))
+    put({"op": "fuzz headers", **found})
     return int(failed or found["slowest_ms"] > _SLOWEST_MS)
 
 
