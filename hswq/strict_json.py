@@ -48,6 +48,9 @@ def parse_any(data: str | bytes, where: str, *, constants: bool = False) -> Any:
     # UnicodeDecodeError, JSONDecodeError and an integer of too many digits are all ValueErrors.
     except ValueError as error:
         raise FormatError(f"{where} is not valid JSON: {error}.") from error
+    # Nothing nests deeper than it has brackets, and a header's entries have few.
+    if text.count("[") + text.count("{") < MAX_DEPTH:
+        return parsed
     # How deep the parser goes depends on Python's version; who walks the value may not get as deep.
     level = [parsed]
     for _ in range(MAX_DEPTH):

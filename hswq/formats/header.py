@@ -288,7 +288,7 @@ def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> Tenso
             f"tensor {shown(name)} in {path} has dtype {dtype!r}; known are {', '.join(DTYPES)}."
         )
     # torch counts elements and strides in int64, zero-sized dimensions counting as 1 in a stride.
-    if not _is_counts(shape) or math.prod(max(size, 1) for size in shape) >= 2**63:
+    if not _is_counts(shape) or math.prod(filter(None, shape)) >= 2**63:
         raise _damaged(path, f"tensor {shown(name)} has shape {shape!r}")
     if not _is_counts(offsets) or len(offsets) != 2:
         raise _damaged(path, f"tensor {shown(name)} has data_offsets {offsets!r}")
@@ -305,4 +305,8 @@ def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> Tenso
 
 def _is_counts(value: Any) -> TypeGuard[list[int]]:
     # bool is an int to isinstance, but no count.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and {int}.issuperset(map(type, value))
+        and min(value, default=0) >= 0
+    )
