@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _JOB = "job.json"
 _LOCK = ".lock"
 # What a run that was killed before it noted its options may have left.
-_BEFORE_JOB = (_LOCK, f".{_JOB}.", ".hswq-")
+_BEFORE_JOB = (_LOCK, ".hswq-")
 
 
 class WorkFolder:

@@ -304,10 +304,10 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         InputError: the disk refuses; an older file is as it was.
     """
-    target = Path(os.path.realpath(path))
+    given, target = Path(path), Path(os.path.realpath(path))
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
+        if given.exists() and not given.is_file():
+            given.write_bytes(data)
             return
         remove_abandoned(target.parent)
         _place(io.BytesIO(data), target)

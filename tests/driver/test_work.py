@@ -108,7 +108,7 @@ def test_killed_before_its_options_were_noted(tmp_path: Path) -> None:
     """Such a folder holds nothing, and is no reason to refuse the next run."""
     path = tmp_path / "s.hswq-work"
     path.mkdir()
-    for name in (".lock", ".job.json.0123456789abcdef"):
+    for name in (".lock", ".hswq-01234567-89abcdef.partial"):
         (path / name).write_bytes(b"")
     with WorkFolder(tmp_path / "s.safetensors") as work:
         work.agree({"--steps": 1})
