@@ -45,6 +45,8 @@ _SPACE = re.compile(rb"[ \t\n\r]*")
 _ENTRY = re.compile(rb"\{[^{}-]{0,4096}\}")
 # Weights have up to five dimensions; thousands of them in each of many entries would take seconds.
 _MOST_COMMAS = 24
+# Strings of printable ASCII without a backslash, as nearly all are: quick to read.
+_PLAIN = re.compile(rb'[ !#-\[\]-~]*"')
 # What is looked at first for the end of a string; few names are longer.
 _WINDOW_BYTES = 256
 
@@ -231,6 +233,8 @@ def _read_string(text: bytes, position: int, most: int) -> tuple[str, int]:
     """
     start = _expect(text, position, b'"')
     stop = min(len(text), start + most + 1)
+    if plain := _PLAIN.match(text, start, stop):
+        return text[start : plain.end() - 1].decode("ascii"), plain.end()
     end = _find_quote(text, start, stop)
     if end < 0:
         what = "has no end" if stop == len(text) else f"is longer than {most} bytes"

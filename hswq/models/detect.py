@@ -5,9 +5,12 @@ from __future__ import annotations
 from hswq.formats.reader import Checkpoint
 from hswq.models.families import FAMILIES
 from hswq.models.family import LDM_PREFIXES, Detection, refusal
+from hswq.strict_json import shown
 
 __all__ = ["Detection", "denoiser_prefix", "detect"]
 
+# Characters of a name: real ones are shorter, and those of hostile files are long and many.
+_LOOKED_AT = 256
 # Parts of keys, and what files are that have them. These go first: a LoRA's keys hold those of the
 # layers that it adapts, and a video model's those of an image model.
 _ADAPTERS = (
@@ -61,24 +64,23 @@ def detect(checkpoint: Checkpoint) -> Detection:
         InputError: it is of no supported architecture; the text says what it is.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    found = _match(shapes, _ADAPTERS)
+    cut = [name[:_LOOKED_AT] for name in shapes]
+    found = _match(cut, _ADAPTERS)
     if found is not None:
         raise refusal(checkpoint, found)
     for family in FAMILIES.values():
         detection = family.recognize(checkpoint, shapes)
         if detection is not None:
             return detection
-    names = ", ".join(repr(name) for name in list(shapes)[:10])
+    names = ", ".join(shown(name) for name in list(shapes)[:10])
     raise refusal(
         checkpoint,
-        _match(shapes, _OTHERS) or f"of an unknown architecture; its first keys: {names}",
+        _match(cut, _OTHERS) or f"of an unknown architecture; its first keys: {names}",
     )
 
 
-def _match(
-    shapes: dict[str, tuple[int, ...]], signs: tuple[tuple[tuple[str, ...], str], ...]
-) -> str | None:
+def _match(names: list[str], signs: tuple[tuple[tuple[str, ...], str], ...]) -> str | None:
     for parts, meaning in signs:
-        if any(part in name for name in shapes for part in parts):
+        if any(part in name for name in names for part in parts):
             return meaning
     return None
