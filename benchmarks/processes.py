@@ -5,9 +5,10 @@
 
 Every process has one thread, as torchrun gives it, so that the arithmetic is the same and only the
 number of processes differs: on a machine with fewer cores than processes the time does not fall any
-further. The seconds are those of the whole command, start-up included, which is timed beside it as
-the same command with `--help`; `calibration` holds what is left, with the ratios of one process to
-so many. Statistics and codes of every number must be those of one process, byte for byte.
+further. The seconds are those of the whole command; torchrun's own start-up is timed beside it
+with `--help`; `calibration` holds what is left, every process's imports among it, with the ratios
+of one process to so many. Statistics and codes of every number must be those of one process, byte
+for byte.
 """
 
 from __future__ import annotations

@@ -168,6 +168,8 @@ class _Watch:
 
     def _add_images(self, layer: nn.Conv2d, x: Tensor, phase: float) -> None:
         images = x if x.dim() == 4 else x.unsqueeze(0)
+        every = math.ceil(len(images) / ROWS_PER_CALL)
+        images = images[int(phase * every) :: every]
         padded = nn.functional.pad(images, *_padding(layer))
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         strides = layer.stride

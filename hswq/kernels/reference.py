@@ -262,13 +262,18 @@ def tree_sum(values: Tensor) -> Tensor:
 
     Padded with zeros to a power of two; then the upper half is added to the lower until one value
     is left.
+
+    Args:
+        values: [..., n], n >= 1; float64 where the order matters, since all backends sum in it.
+    Returns:
+        [...], of the same dtype.
     """
     size = 1 << (values.shape[-1] - 1).bit_length()
     if size > values.shape[-1]:
         values = functional.pad(values, (0, size - values.shape[-1]))
     # Equal sums from both libraries; numpy's small operations take a fifth of the time of torch's.
-    on_cpu = values.device.type == "cpu"
-    lanes: Any = values.detach().numpy() if on_cpu else values
+    quick = type(values) is Tensor and values.dtype == torch.float64 and values.device.type == "cpu"
+    lanes: Any = values.detach().resolve_neg().numpy() if quick else values
     # NaN and Inf propagate, as in torch without a warning.
     with numpy.errstate(all="ignore"):
         while size > 1:

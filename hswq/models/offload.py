@@ -45,6 +45,8 @@ def replace_parameter(layer: nn.Module, name: str, values: Tensor) -> Tensor:
         kept.dataset[kept.prefix + name] = values.to(before)
     else:
         layer.get_parameter(name).data = values.to(before)
+    # A caller's autocast would go on with its copy of the values of before.
+    torch.clear_autocast_cache()
     return before
 
 

@@ -156,3 +156,12 @@ def test_grouped_convolutions_have_none():
     """Their patches would be mixed."""
     module = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3))
     assert [layer.name for layer in gram_layers(module)] == ["1"]
+
+
+def test_more_images_than_rows_are_thinned() -> None:
+    """A batch of tiny images must not be looked at without end."""
+    layer = nn.Conv2d(3, 4, 3)
+    with hswq.observe(layer, gram=True) as calibration, torch.no_grad():
+        layer(torch.ones(gram_module.ROWS_PER_CALL + 1, 3, 3, 3))
+    (gram,) = calibration.grams.values()
+    assert 0 < gram.rows <= gram_module.ROWS_PER_CALL

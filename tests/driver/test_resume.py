@@ -163,4 +163,4 @@ def test_killed_runs_end_in_the_same_files() -> None:
     with started(["tests.driver.kill", "--points", "8", "--seed", "1"], stdout=True) as process:
         output, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
-    assert sum(json.loads(output)["kills"].values()) >= 8
+    assert json.loads(output)["kills"] >= 8

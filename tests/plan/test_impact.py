@@ -321,3 +321,15 @@ def test_merged_statistics_hold_all_calls_and_no_impact(module):
     merged = first.merge(second)
     assert merged.impact is None
     assert merged.records == (*second.records, *first.records)
+
+
+def test_autocast_does_not_hide_a_changed_weight() -> None:
+    """It keeps 16-bit copies of weights with a gradient: every impact was 0, and none was told."""
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    config = hswq.CalibrationConfig(preset="seed", sensitivity="impact")
+    with hswq.observe(layers, record=1) as calibration, torch.no_grad():
+        layers(torch.ones(2, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measure_impact(layers, calibration, config)
+    assert calibration.impact is not None
+    assert min(calibration.impact.values.values()) > 0.0
