@@ -24,6 +24,7 @@ from benchmarks.cases import DTYPES, Pool, noise
 from benchmarks.record import RESULTS, machine_name, record
 from benchmarks.timing import Side, Times, add_run_options, interleave, rounded, start_run
 from hswq import kernels
+from hswq.quality.plots import pyplot, save
 from hswq.search import search_amax
 
 COLUMNS = 1024
@@ -97,16 +98,11 @@ def fitted_line(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
 
 def plot(path: Path) -> None:
     """Draw seconds against weights, both logarithmic, with the fitted line."""
-    import matplotlib as mpl
-    from matplotlib import pyplot
-
-    # Equal rows, equal file.
-    mpl.rcParams.update({"svg.hashsalt": "hswq", "svg.fonttype": "none"})
     rows = latest_rows()
     sizes = [row["weights"] for row in rows]
     totals = [row["median_s"]["total"] for row in rows]
     slope, intercept = fitted_line(sizes, totals)
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6.4, 4.4), layout="constrained")
     for phase, marker in zip(PHASES, "sd", strict=True):
         axes.plot(sizes, [row["median_s"][phase] for row in rows], marker, ms=4, label=phase)
     axes.plot(sizes, totals, "o", color="black", label="both")
@@ -116,7 +112,7 @@ def plot(path: Path) -> None:
     axes.set_title(f"{rows[0]['dtype']}, {rows[0]['threads']} threads, {machine_name()}", size=10)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    save(figure, path, path.suffix[1:])
 
 
 def main() -> None:

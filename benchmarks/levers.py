@@ -214,10 +214,11 @@ def main() -> None:
     command.add_argument("--batch", type=int, default=2)
     command.add_argument("--width", choices=WIDTHS, default="sdxl")
     command.add_argument("--every", type=int, default=8, help="measure every n-th unit")
-    add_run_options(command, rounds=3)
+    add_run_options(command)
+    command.add_argument("--rounds", type=int, default=3, help="how often the forward is timed")
     command = commands.add_parser("compensate", help=time_compensate.__doc__)
     command.set_defaults(measure=time_compensate)
-    add_run_options(command, rounds=1)
+    add_run_options(command)
     options = parser.parse_args()
     options.measure(options, start_run(options.threads))
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.make_transformer import flux_shapes, write_checkpoint, write_statistics
 from benchmarks.record import RESULTS, machine_name, record
+from hswq.quality.plots import pyplot, save
 
 BLOCKS = (1, 2, 4, 8, 19)
 KINDS = {"V1": [], "V2": ["--scaled", "--container", "hswq"]}
@@ -67,12 +68,7 @@ def latest_rows(kind: str) -> list[dict[str, Any]]:
 
 def plot(path: Path) -> None:
     """Draw the peaks against the sizes, and the line on which memory would equal the input."""
-    import matplotlib as mpl
-    from matplotlib import pyplot
-
-    # Equal rows, equal file.
-    mpl.rcParams.update({"svg.hashsalt": "hswq", "svg.fonttype": "none"})
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6.4, 4.0), layout="constrained")
     for kind, marker in zip(KINDS, "so", strict=True):
         rows = latest_rows(kind)
         sizes = [row["source_bytes"] / 1e9 for row in rows]
@@ -84,7 +80,7 @@ def plot(path: Path) -> None:
     axes.set(xlabel="checkpoint, GB", ylabel="largest resident memory, GB", ylim=(0, 4))
     axes.grid(visible=True, alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    save(figure, path, path.suffix[1:])
 
 
 def main() -> None:

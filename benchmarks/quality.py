@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hswq
-from benchmarks.record import RESULTS, machine_name, record
+from benchmarks.record import RESULTS, record
 from benchmarks.seed_algorithm import kept_by_variance
 from hswq.calibration import Calibration
 from hswq.config import BenchConfig
@@ -43,6 +43,7 @@ from hswq.loader import dequantize_module
 from hswq.models.families import FAMILIES
 from hswq.quality.bench import per_prompt
 from hswq.quality.images import Painted, mean_interval, mse, paint, psnr_db, ssim
+from hswq.quality.plots import pyplot, save
 
 BUDGETS = (0.0, 0.001, 0.05, 0.10, 0.25)
 # Levers: sensitivity, rounding, bias correction; the first is the seed's, the last `best`.
@@ -64,8 +65,11 @@ KINDS = {"V1": {"container": "comfy"}, "V2": {"scaled": True, "container": "hswq
 # Noise of the calibration starts from seed 0.
 FIRST_SEED = 100_000
 LATENT = 16
-CALIBRATION = {"samples": 32, "calls": 8}
-MODELS = ("demo", "other", "flux", "z-image")
+# What the tables show: calibrations of the product's defaults, and what is painted.
+CALIBRATION = {"samples": 32, "calls": 4}
+PAINTED = {"prompts": 32, "seeds": 2}
+# Models, and the steps of their samplers.
+MODELS = {"demo": 25, "other": 25, "flux": 28, "z-image": 8}
 
 
 class Subject:
@@ -256,20 +260,34 @@ def errors(painted: Painted, exact: Painted, prompts: int) -> dict[str, Any]:
 
 
 def recorded_rows() -> list[dict[str, Any]]:
-    """Return the rows of every machine in the order of writing, those of this one last."""
-    own = f"{machine_name()}.jsonl"
-    paths = sorted(RESULTS.glob("*.jsonl"), key=lambda path: (path.name == own, path.name))
+    """Return the rows of every machine by date; those of before there were dates come first."""
+    paths = sorted(RESULTS.glob("*.jsonl"))
     lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in map(json.loads, lines) if row.get("op") == "quality"]
+    rows = [row for row in map(json.loads, lines) if row.get("op") == "quality"]
+    return sorted(rows, key=lambda row: row.get("date", ""))
 
 
-def latest_rows(model: str) -> dict[tuple[str, str, float], dict[str, Any]]:
-    """Return the last row of every variant of a model, calibrated as by default."""
+def latest_rows(model: str, **painted: int) -> dict[tuple[str, str, float], dict[str, Any]]:
+    """Return the last row of every variant of a model, calibrated as by default.
+
+    Args:
+        model: one of MODELS.
+        painted: prompts and seeds, if others than PAINTED.
+    """
+    wanted = {"model": model, "steps": MODELS[model], **CALIBRATION, **PAINTED, **painted}
     return {
         (row["kind"], row["lever"], row["keep_bytes"]): row
         for row in recorded_rows()
-        if row["model"] == model and "varied" not in row
+        if "varied" not in row and wanted.items() <= row.items()
     }
+
+
+def variant(
+    rows: dict[tuple[str, str, float], dict[str, Any]], kind: str, lever: str, share: float
+) -> dict[str, Any] | None:
+    """Return the row of a variant, where no layer is kept that of its twin."""
+    row = rows.get((kind, lever, share))
+    return row if row or share else rows.get((kind, TWINS.get(lever, lever), share))
 
 
 def error(row: dict[str, Any] | None) -> str:
@@ -313,11 +331,7 @@ def table(model: str) -> str:
             "|---|" + "---|" * (len(levers) + 1),
         ]
         for share in BUDGETS:
-            found = {
-                it: rows.get((kind, it, share))
-                or (None if share else rows.get((kind, TWINS.get(it, it), share)))
-                for it in levers
-            }
+            found = {it: variant(rows, kind, it, share) for it in levers}
             seed, best = found.get("seed"), found.get("best")
             ratio = times(seed, best, "latent_mse")
             if seed and best and "latent_mse_median" in seed and "latent_mse_median" in best:
@@ -331,36 +345,28 @@ def table(model: str) -> str:
 
 
 def variations() -> str:
-    """Return the rows of calibrations that were varied, with the default's above them."""
-    lines = ["| model, kind, kept | varied | latent MSE |", "|---|---|---|"]
-    varied = {
-        (row["model"], row["kind"], row["lever"], row["keep_bytes"], str(row["varied"])): row
-        for row in recorded_rows()
-        if "varied" in row
-    }
-    before = None
-    for key, row in sorted(varied.items()):
-        if key[:4] != before:
-            before = key[:4]
-            kind, lever, share = key[1:4]
-            known = latest_rows(key[0])
-            default = known.get((kind, lever, share)) or known.get((kind, TWINS[lever], share))
-            lines.append(f"| {key[0]} {key[1]} {key[2]} {key[3]:.0%} | - | {error(default)} |")
-        text = ", ".join(f"{name} {value}" for name, value in row["varied"].items())
-        lines.append(f"| | {text} | {error(row)} |")
+    """Return the rows of calibrations that were varied, below the default's of equal images."""
+    lines = ["| model, kind, lever, kept | images | varied | latent MSE |", "|---|---|---|---|"]
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in recorded_rows():
+        if "varied" in row:
+            names = ("model", "kind", "lever", "keep_bytes", "prompts", "seeds")
+            text = ", ".join(f"{name} {value}" for name, value in row["varied"].items())
+            groups.setdefault(tuple(row[name] for name in names), {})[text] = row
+    for (model, kind, lever, share, prompts, seeds), rows in sorted(groups.items()):
+        known = latest_rows(model, prompts=prompts, seeds=seeds)
+        images = f"{prompts} x {seeds}"
+        default = error(variant(known, kind, lever, share))
+        lines.append(f"| {model}, {kind}, {lever}, {share:.1%} | {images} | - | {default} |")
+        lines += [f"| | | {text} | {error(rows[text])} |" for text in sorted(rows)]
     return "\n".join(lines)
 
 
 def plot(path: Path) -> None:
     """Draw latent error against file size: a panel for each model and kind, a line a lever."""
-    import matplotlib as mpl
-    from matplotlib import pyplot
-
-    # Equal rows, equal file.
-    mpl.rcParams.update({"svg.hashsalt": "hswq", "svg.fonttype": "none"})
     found = {model: latest_rows(model) for model in MODELS}
     found = {model: rows for model, rows in found.items() if rows}
-    figure, panels = pyplot.subplots(
+    figure, panels = pyplot().subplots(
         len(KINDS),
         len(found),
         figsize=(3.4 * len(found), 3.2 * len(KINDS)),
@@ -389,7 +395,7 @@ def plot(path: Path) -> None:
     for row_of_axes in panels:
         row_of_axes[0].set_ylabel("latent MSE")
     panels[0, 0].legend(frameon=False, fontsize="small")
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    save(figure, path, path.suffix[1:])
 
 
 def variation(text: str) -> tuple[str, int | float]:
@@ -405,9 +411,9 @@ def main() -> None:
     """Measure, then draw and print; --only-plot draws and prints what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=demo_folder(), help="pipeline folder")
-    parser.add_argument("--name", choices=MODELS, default="demo", help="of the model")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--name", choices=tuple(MODELS), default="demo", help="of the model")
+    parser.add_argument("--prompts", type=int, default=PAINTED["prompts"])
+    parser.add_argument("--seeds", type=int, default=PAINTED["seeds"])
     parser.add_argument("--steps", type=int, help="of the sampler; else the family's")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--levers", nargs="+", choices=tuple(LEVERS), default=list(LEVERS))

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def machine_name() -> str:
 def commit_name() -> str:
     """Return the short commit of the tree that is measured, with + where it has changes.
 
-    The rows that a run has added are none.
+    The rows that a run has added are none. 'unknown' outside of a clone.
     """
     folder = Path(__file__).parent
 
@@ -45,13 +46,18 @@ def commit_name() -> str:
             ["git", *words], cwd=folder, check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":!results")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":!results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def print_row(row: dict[str, Any]) -> str:
-    """Print one result with commit and versions, and return the line."""
-    line = json.dumps({**row, "commit": commit_name(), "torch": torch.__version__})
+    """Print one result with date, commit and versions, and return the line."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"date": date, "commit": commit_name(), "torch": torch.__version__}
+    line = json.dumps({**row, **facts})
     print(line, flush=True)
     return line
 

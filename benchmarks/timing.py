@@ -24,10 +24,11 @@ Times = dict[str, list[float]]
 _Item = TypeVar("_Item")
 
 
-def add_run_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Declare the options that every benchmark has."""
+def add_run_options(parser: argparse.ArgumentParser, rounds: int | None = None) -> None:
+    """Declare the options that every benchmark has; with rounds, --rounds too."""
     parser.add_argument("--threads", type=int, default=2, help="of torch and of hswq's kernels")
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each side is timed")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="how often a side is timed")
     parser.add_argument("--seed", type=int, default=0)
 
 

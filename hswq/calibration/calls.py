@@ -31,9 +31,10 @@ class Call:
     kwargs: dict[str, Any]
 
     def run(self, module: nn.Module, device: torch.device) -> Any:
-        """Call a module with these arguments, tensors moved to the device."""
+        """Call a module with these arguments, tensors copied to the device."""
         args, kwargs = (
-            map_tensors(part, lambda tensor: tensor.to(device)) for part in (self.args, self.kwargs)
+            map_tensors(part, lambda tensor: tensor.to(device, copy=True))
+            for part in (self.args, self.kwargs)
         )
         return module(*args, **kwargs)
 
@@ -110,7 +111,9 @@ class Recorder:
                 return
             del self._kept[largest]
         if self.armed is not False:
-            self._kept[number] = Call(map_tensors(args, _copy), map_tensors(kwargs, _copy))
+            # Copies made in inference mode could not be given to a module outside it.
+            with torch.inference_mode(False):
+                self._kept[number] = Call(map_tensors(args, _copy), map_tensors(kwargs, _copy))
 
 
 def _hash(number: int) -> int:

@@ -139,7 +139,7 @@ class _Watch:
         self._call = 0
         width = layer.columns // layer.blocks
         device = execution_device(part)
-        self._matrix = torch.zeros(layer.blocks, width, width, device=device)
+        self._matrix = torch.zeros(layer.blocks, width, width, dtype=torch.float32, device=device)
         self._total = torch.zeros(layer.columns, dtype=torch.float64, device=device)
         self._rows = torch.zeros((), dtype=torch.int64, device=device)
 

@@ -253,7 +253,7 @@ class _LayerMonitor:
         total = LayerStatistics(
             *layout,
             *(0, 0, 0, 0),
-            torch.zeros(self._channels, dtype=torch.int64),
+            torch.zeros(self._channels, dtype=torch.int64, device="cpu"),
             input_max=max(largest, default=0.0) if self._finds_input_max else None,
         )
         for sums in self._accumulators:

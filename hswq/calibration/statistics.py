@@ -314,16 +314,15 @@ class Calibration:
         """
         layers = self.modules.values()
         tensors = {
-            "calls": torch.tensor([layer.calls for layer in layers]),
-            "skipped": torch.tensor([layer.skipped for layer in layers]),
+            "calls": _integers(layer.calls for layer in layers),
+            "skipped": _integers(layer.skipped for layer in layers),
             "mean_y": split_pairs(layer.mean_y for layer in layers),
             "mean_y2": split_pairs(layer.mean_y2 for layer in layers),
         }
         largest = [layer.input_max for layer in layers if layer.input_max is not None]
         if len(largest) == len(self.modules):
-            tensors["input_max"] = (
-                torch.tensor(largest, dtype=torch.float32).view(torch.int32).long()
-            )
+            exact = torch.tensor(largest, dtype=torch.float32, device="cpu")
+            tensors["input_max"] = exact.view(torch.int32).long()
         tensors |= {f"abs_mean.{name}": layer.abs_mean for name, layer in self.modules.items()}
         metadata = {
             _VERSION_KEY: STATISTICS_VERSION,
@@ -468,10 +467,14 @@ def is_statistics(checkpoint: Checkpoint) -> bool:
     return _VERSION_KEY in checkpoint.metadata
 
 
+def _integers(values: Iterable[Any]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
+
+
 def split_pairs(sums: Iterable[int]) -> Tensor:
     """Write sums in units of 2**-56 as int64 [L, 2]: units of 2**-8 and the rest in 2**-56."""
     low = (1 << MEAN_LOW_BITS) - 1
-    return torch.tensor([(value >> MEAN_LOW_BITS, value & low) for value in sums])
+    return _integers((value >> MEAN_LOW_BITS, value & low) for value in sums)
 
 
 def join_pairs(pairs: Tensor) -> list[int]:

@@ -19,6 +19,7 @@ from hswq.driver.report import Report
 from hswq.driver.sampling import Encodings
 from hswq.driver.work import WorkFolder
 from hswq.errors import BackendError, HswqError, InputError, OptionError
+from hswq.models.defaults import plain_defaults
 from hswq.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Outcome:
         return {**dataclasses.asdict(dataclasses.replace(self, report=None)), "report": report}
 
 
+@plain_defaults()
 def quantize_checkpoints(
     sources: Sequence[str | os.PathLike[str]],
     folder: str | os.PathLike[str],

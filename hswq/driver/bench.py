@@ -22,6 +22,7 @@ from hswq.errors import FormatError, InputError
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
 from hswq.loader import dequantize_module, load_transformer, load_unet, quantize_module
+from hswq.models.defaults import plain_defaults
 from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
 from hswq.models.map import ModelMap
@@ -43,6 +44,7 @@ NAIVE = "naive cast"
 _CHUNK_BYTES = 32 << 20
 
 
+@plain_defaults()
 def bench_files(
     src: str | os.PathLike[str],
     files: Sequence[str | os.PathLike[str]],

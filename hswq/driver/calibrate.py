@@ -33,6 +33,7 @@ from hswq.driver.work import WorkFolder
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import place_copy
+from hswq.models.defaults import plain_defaults
 from hswq.models.fingerprint import fingerprint
 from hswq.models.quiet import quiet_libraries
 from hswq.plan import complete_impact, impact_options, measure_impact
@@ -46,6 +47,7 @@ _WITHOUT_EFFECT = (
 )
 
 
+@plain_defaults()
 def calibrate_checkpoint(
     src: str | os.PathLike[str],
     config: CalibrationConfig,

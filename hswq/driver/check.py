@@ -23,6 +23,7 @@ from hswq.formats.quantized import (
     read_weight,
 )
 from hswq.formats.reader import Checkpoint, TensorInfo
+from hswq.models.defaults import plain_defaults
 from hswq.models.detect import denoiser_prefix
 from hswq.plan import LayerPlan
 from hswq.progress import Progress, no_progress
@@ -56,6 +57,7 @@ class Check:
     worst_sqnr_db: float | None = None
 
 
+@plain_defaults()
 def check_file(
     path: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from hswq.calibration import Calibration, Codes
 from hswq.formats.reader import Checkpoint
+from hswq.models.defaults import plain_defaults
 from hswq.models.detect import denoiser_prefix
 from hswq.models.fingerprint import fingerprint
 from hswq.progress import Progress, no_progress
 from hswq.quality.compare import Comparison, compare_checkpoints
 
 
+@plain_defaults()
 def compare_files(
     first: str | os.PathLike[str],
     second: str | os.PathLike[str],

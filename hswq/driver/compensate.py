@@ -352,7 +352,7 @@ class _Rounding:
             codes = kernels.quantize_e4m3(weight, amax, scale, backend=config.backend)
             rounded = Rounded(
                 *(codes, False, 0.0, 0.0, 0.0),
-                shift=torch.zeros(len(weight), dtype=torch.float64),
+                shift=torch.zeros(len(weight), dtype=torch.float64, device="cpu"),
                 problem="it is a grouped convolution, which has no Gram matrix of its own",
             )
         else:

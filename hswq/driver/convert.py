@@ -44,6 +44,7 @@ from hswq.formats.quantized import (
 )
 from hswq.formats.reader import Checkpoint
 from hswq.formats.writer import CheckpointWriter, TensorSpec
+from hswq.models.defaults import plain_defaults
 from hswq.models.detect import denoiser_prefix
 from hswq.progress import Progress, no_progress
 from hswq.quality import sqnr_db
@@ -107,6 +108,7 @@ class _Layer:
     codes_stay: bool
 
 
+@plain_defaults()
 def convert_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -174,6 +176,7 @@ def convert_checkpoint(
     )
 
 
+@plain_defaults()
 def dequantize_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],

@@ -34,6 +34,7 @@ from hswq.driver.work import WorkFolder
 from hswq.errors import InputError
 from hswq.formats.containers import extra_tensors, marker_tensors
 from hswq.formats.writer import CheckpointWriter, check_room
+from hswq.models.defaults import plain_defaults
 from hswq.plan import Plan, error_curve
 from hswq.progress import Progress, no_progress
 from hswq.search import AmaxResult
@@ -44,6 +45,7 @@ COPY_CHUNK_BYTES = 32 << 20
 ROUND_CHUNK = 8 << 20
 
 
+@plain_defaults()
 def quantize_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -115,6 +117,7 @@ def quantize_one(
     )
 
 
+@plain_defaults()
 def plan_checkpoint(
     src: str | os.PathLike[str],
     config: QuantizeConfig,

@@ -11,6 +11,7 @@ import torch
 from hswq.errors import InputError
 from hswq.formats.reader import Checkpoint
 from hswq.loader.load import load_quantized
+from hswq.models.defaults import plain_defaults
 from hswq.models.denoiser import denoiser_config, meta_denoiser
 from hswq.models.detect import detect
 from hswq.models.families import FAMILIES
@@ -82,6 +83,7 @@ def load_transformer(
     return _load(path, "transformer", compute, device, dtype, pipeline)
 
 
+@plain_defaults()
 def _load(
     path: PathLike,
     component: str,

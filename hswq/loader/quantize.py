@@ -114,7 +114,11 @@ def _input_scales(plan: Plan, calibration: Calibration | None) -> dict[str, Tens
             "the plan asks for FP8 activations: pass the calibration that it was made from."
         )
     found = {layer.name: static_input_scale(calibration, layer.name) for layer in plan.quantized}
-    return {name: torch.tensor(scale) for name, scale in found.items() if scale is not None}
+    return {
+        name: torch.tensor(scale, dtype=torch.float32, device="cpu")
+        for name, scale in found.items()
+        if scale is not None
+    }
 
 
 def _layer_of(module: nn.Module, layer: LayerPlan) -> nn.Linear | nn.Conv2d:

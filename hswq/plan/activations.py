@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from hswq.calibration import Calibration
 from hswq.errors import InputError
@@ -38,5 +38,5 @@ def static_input_scale(calibration: Calibration, name: str) -> float | None:
     mean = float(importance.double().mean())
     if mean * E4M3_MAX < LEAST_MEAN * largest:
         return None
-    scale = float(torch.tensor(largest / E4M3_MAX, dtype=torch.float32))
+    scale = float(np.float32(largest / E4M3_MAX))
     return scale if scale >= 2.0**-126 else None

@@ -68,6 +68,7 @@ def units_of(module: nn.Module, calibration: Calibration) -> list[tuple[str, ...
     return [(name,) for name in layers]
 
 
+@torch.inference_mode(False)
 def measure_impact(
     module: nn.Module,
     calibration: Calibration,
@@ -96,9 +97,15 @@ def measure_impact(
     Returns:
         The impact of every layer; that of a fused weight is divided among its layers by size.
     Raises:
-        InputError: no call was recorded, a call gives NaN, Inf or only zeros, or compensated
-            rounding is asked for and no Gram matrices were gathered.
+        InputError: no call was recorded, a call gives NaN, Inf or only zeros, compensated
+            rounding is asked for and no Gram matrices were gathered, or the module was loaded in
+            inference mode.
     """
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise InputError(
+            f"the weights of {type(module).__name__} are tensors of torch.inference_mode(), whose "
+            "changes torch does not follow: load the module outside that mode."
+        )
     if not calibration.records:
         raise InputError(
             "the calibration holds no recorded calls, which measuring impact needs: observe the "
@@ -172,6 +179,8 @@ def impact_options(config: CalibrationConfig) -> dict[str, Any]:
     if config.scaled:
         options |= {"container": config.container, "bins": bins}
         options |= {"candidates": candidates, "refinements": refinements}
+    if config.rounding == "compensated":
+        options |= {"bias_correction": config.bias_correction, "damping": config.damping}
     return options
 
 

@@ -9,6 +9,7 @@ from hswq.config import QuantizeConfig
 from hswq.errors import PlanError
 from hswq.models.families import FAMILIES
 from hswq.models.family import Family
+from hswq.plan.activations import static_input_scale
 from hswq.plan.impact import check_impact
 from hswq.plan.plan import Plan
 from hswq.plan.select import Candidate, select_layers
@@ -120,7 +121,11 @@ def make_plan(module: nn.Module, calibration: Calibration, config: QuantizeConfi
     predicted_bytes = source_bytes
     for layer in wanted:
         weight = modules[layer.name].weight
-        predicted_bytes -= weight.numel() * (weight.element_size() - 1) - (4 if layer.scaled else 0)
+        predicted_bytes -= weight.numel() * (weight.element_size() - 1)
+        # Beside the codes hswq.Linear and hswq.Conv2d hold a scale, and maybe one of their inputs.
+        predicted_bytes += 4
+        if config.activations == "fp8" and static_input_scale(calibration, layer.name) is not None:
+            predicted_bytes += 4
     layers = tuple(
         layer.with_search(results[layer.name]) if layer.quantized else layer for layer in selected
     )

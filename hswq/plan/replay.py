@@ -186,7 +186,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for tensor in tensors:
         total += tensor.double().square().sum().cpu()
     return total

@@ -94,8 +94,9 @@ def _places(bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
     That is a tensor as well: a division by a number may become a product with its reciprocal.
     """
-    places = torch.arange(bins, dtype=torch.float64, device=device) + 0.5
-    return places, torch.tensor(bins, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):
+        places = torch.arange(bins, dtype=torch.float64, device=device) + 0.5
+        return places, torch.tensor(bins, dtype=torch.float64, device=device)
 
 
 def search_amax(

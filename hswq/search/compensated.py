@@ -75,7 +75,7 @@ class Factors:
         diagonal = second.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True)
         added = damping * float(diagonal.mean())
-        identity = torch.eye(len(second), dtype=torch.float64)
+        identity = torch.eye(len(second), dtype=torch.float64, device="cpu")
         if not (math.isfinite(added) and added > 0.0):
             self.problem = self.problem or "its inputs are all zero or not finite"
             return identity, order

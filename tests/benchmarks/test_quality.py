@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,20 +121,65 @@ def test_rows_keep_the_prompts() -> None:
     assert found["latent_mse_per_prompt"] == [float(f"{it:.4g}") for it in differences.tolist()]
 
 
+def record_rows(folder: Path, monkeypatch, *rows: dict[str, Any]) -> None:
+    """Let the results be these rows, of the tables' calibration and images unless they differ."""
+    common = {"op": "quality", "model": "demo", "kind": "V1", "latent_mse_ci95": 1e-5, "steps": 25}
+    common |= {**quality.CALIBRATION, **quality.PAINTED}
+    lines = [json.dumps({**common, **row}) for row in rows]
+    (folder / "here.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(quality, "RESULTS", folder)
+
+
 def test_table_reports_pairs(tmp_path: Path, monkeypatch) -> None:
     """Rows of earlier runs hold no prompts and must still be shown."""
-    row = {"op": "quality", "model": "demo", "kind": "V1", "latent_mse_ci95": 1e-5}
     rows = [
-        {**row, "lever": "seed", "keep_bytes": 0.05, "latent_mse": 4e-3},
-        {**row, "lever": "best", "keep_bytes": 0.05, "latent_mse": 1e-3},
-        {**row, "lever": "seed", "keep_bytes": 0.1, "latent_mse": 3e-3},
-        {**row, "lever": "best", "keep_bytes": 0.1, "latent_mse": 1e-3},
+        {"lever": "seed", "keep_bytes": 0.05, "latent_mse": 4e-3},
+        {"lever": "best", "keep_bytes": 0.05, "latent_mse": 1e-3},
+        {"lever": "seed", "keep_bytes": 0.1, "latent_mse": 3e-3},
+        {"lever": "best", "keep_bytes": 0.1, "latent_mse": 1e-3},
     ]
     rows[0]["latent_mse_per_prompt"] = [2e-3, 8e-3]
     rows[1]["latent_mse_per_prompt"] = [1e-3, 4e-3]
-    (tmp_path / "here.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(quality, "RESULTS", tmp_path)
-    monkeypatch.setattr(quality, "machine_name", lambda: "here")
+    record_rows(tmp_path, monkeypatch, *rows)
     text = quality.table("demo")
     assert "| 4; paired 2 [2, 2] |" in text
     assert "| 3 |" in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"prompts": 8}, {"seeds": 1}, {"steps": 4}, {"samples": 8}, {"calls": 8}, {"varied": {}}],
+    ids=str,
+)
+def test_table_shows_rows_of_its_own_conditions(tmp_path: Path, monkeypatch, other) -> None:
+    """A quick look at eight prompts must not take the place of the published figure."""
+    row = {"lever": "seed", "keep_bytes": 0.05, "latent_mse": 4e-3}
+    record_rows(tmp_path, monkeypatch, row, {**row, "latent_mse": 9e-3, **other})
+    assert "4.0e-03" in quality.table("demo")
+    assert "9.0e-03" not in quality.table("demo")
+
+
+def test_later_rows_replace_earlier_ones_of_any_machine(tmp_path: Path, monkeypatch) -> None:
+    """Files are read by name, and a machine's name says nothing of when it was used."""
+    row = {"lever": "seed", "keep_bytes": 0.05}
+    late = {**row, "latent_mse": 1e-3, "date": "2026-02-01T00:00:00+00:00"}
+    early = {**row, "latent_mse": 2e-3, "date": "2026-01-01T00:00:00+00:00"}
+    record_rows(tmp_path, monkeypatch, late, early, {**row, "latent_mse": 3e-3})
+    assert quality.latest_rows("demo")["V1", "seed", 0.05]["latent_mse"] == 1e-3
+
+
+def test_variations_stand_below_the_default_of_equal_images(tmp_path: Path, monkeypatch) -> None:
+    """One noise a prompt is not to be compared with two; no lever is left out."""
+    rows = []
+    for lever in quality.LEVERS:
+        row = {"lever": lever, "keep_bytes": 0.0, "seeds": 1}
+        rows += [
+            {**row, "latent_mse": 5e-4, "seeds": 2},
+            {**row, "latent_mse": 6e-4},
+            {**row, "latent_mse": 7e-4, "samples": 8, "varied": {"samples": 8}},
+        ]
+    record_rows(tmp_path, monkeypatch, *rows)
+    lines = quality.variations().splitlines()[2:]
+    assert len(lines) == 2 * len(quality.LEVERS)
+    assert all("32 x 1 | - | 6.0e-04" in line for line in lines[::2])
+    assert all("samples 8 | 7.0e-04" in line for line in lines[1::2])

@@ -18,6 +18,7 @@ from hswq.plan.impact import quantized, units_of
 from hswq.plan.replay import Replay
 
 CPU = torch.device("cpu")
+BEST = {"sensitivity": "impact", "rounding": "compensated", "bias_correction": True}
 
 
 class Block(nn.Module):
@@ -333,3 +334,39 @@ def test_autocast_does_not_hide_a_changed_weight() -> None:
         measure_impact(layers, calibration, config)
     assert calibration.impact is not None
     assert min(calibration.impact.values.values()) > 0.0
+
+
+def test_inference_mode_is_no_obstacle(module):
+    """Pipelines run in it, and what is recorded there must serve outside it, and the reverse."""
+    expected = observed(module).measure_impact(module, hswq.QuantizeConfig()).values
+    with torch.inference_mode():
+        calibration = observed(module)
+        inside = calibration.measure_impact(module, hswq.QuantizeConfig()).values
+    for block in module.blocks:
+        block.runs = 0
+    outside = calibration.measure_impact(module, hswq.QuantizeConfig()).values
+    assert expected == inside == outside
+    # Nothing has to start from the beginning.
+    assert sum(block.runs for block in module.blocks) < 3 * 4 * len(expected)
+    with torch.inference_mode():
+        born_there = Denoiser()
+    with pytest.raises(InputError, match=r"Denoiser.*inference_mode.*outside"):
+        calibration.measure_impact(born_there, hswq.QuantizeConfig())
+
+
+def test_impact_of_other_codes_is_measured_anew(module, caplog):
+    """Half a measurement of other damping and half of this would rank by a mixture."""
+    with torch.no_grad(), hswq.observe(module, record=1, gram=True) as calibration:
+        module(torch.randn(2, 3, 4, 4), {"value": torch.tensor(1.5)})
+    config = hswq.QuantizeConfig(preset="best")
+    first = calibration.measure_impact(module, config)
+    for other in ({"damping": 0.5}, {"bias_correction": False}):
+        changed = hswq.QuantizeConfig(**{**BEST, **other})
+        hswq.make_plan(module, calibration, changed)
+        assert "the ranking is a guess" in caplog.text
+        caplog.clear()
+        second = measure_impact(module, calibration, changed)
+        assert second is not first
+        assert second.values != first.values
+        hswq.make_plan(module, calibration, changed)
+        assert not caplog.records

@@ -20,23 +20,30 @@ def small_model() -> nn.Module:
     ).half()
 
 
-def calibrated(model: nn.Module) -> hswq.Calibration:
+def calibrated(model: nn.Module, input_max: bool = False) -> hswq.Calibration:
     model = model.float()
-    with hswq.observe(model) as calibration, torch.no_grad():
+    with hswq.observe(model, input_max=input_max) as calibration, torch.no_grad():
         model(torch.randn(2, 3, 8, 8))
     model.half()
     return calibration
 
 
-def test_plan_of_a_module_counts_its_bytes() -> None:
-    """FP8 saves one byte a weight of a 16-bit module and costs four a scale."""
+def state_bytes(module: nn.Module) -> int:
+    return sum(it.numel() * it.element_size() for it in module.state_dict().values())
+
+
+@pytest.mark.parametrize("activations", ["16bit", "fp8"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_plan_of_a_module_counts_its_bytes(scaled: bool, activations: str) -> None:
+    """Who plans for a card's memory must get what was said."""
     model = small_model()
-    config = hswq.QuantizeConfig(scaled=True, container="hswq", keep_ratio=0.34)
-    plan = hswq.make_plan(model, calibrated(model), config)
-    source_bytes = sum(it.numel() * it.element_size() for it in model.state_dict().values())
-    assert plan.source_bytes == source_bytes
-    saved = sum(layer.numel for layer in plan.quantized) - 4 * len(plan.quantized)
-    assert plan.predicted_bytes == source_bytes - saved
+    config = hswq.QuantizeConfig(
+        scaled=scaled, container="hswq", keep_ratio=0.34, activations=activations
+    )
+    calibration = calibrated(model, input_max=activations == "fp8")
+    plan = hswq.make_plan(model, calibration, config)
+    assert plan.source_bytes == state_bytes(model)
+    assert plan.predicted_bytes == state_bytes(hswq.quantize_module(model, plan, calibration))
     assert len(plan.kept) == 1
     assert all(layer.sqnr_db is not None and layer.sqnr_db > 28 for layer in plan.quantized)
     assert all(layer.name in plan.table() for layer in plan.layers)
