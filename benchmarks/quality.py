@@ -401,7 +401,8 @@ def plot(path: Path) -> None:
 def variation(text: str) -> tuple[str, int | float]:
     """Parse NAME=VALUE, an option of the calibration."""
     name, _, value = text.partition("=")
-    kinds = {"samples": int, "steps": int, "calls": int, "seed": int, "damping": float}
+    kinds = {"samples": int, "steps": int, "calls": int, "seed": int, "sweeps": int}
+    kinds["damping"] = float
     if name not in kinds or not value:
         raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE with NAME one of {list(kinds)}.")
     return name, kinds[name](value)
@@ -424,7 +425,7 @@ def main() -> None:
         type=variation,
         default=[],
         metavar="NAME=VALUE",
-        help="calibrate otherwise: samples, steps, calls, seed or damping",
+        help="calibrate otherwise: samples, steps, calls, seed, sweeps or damping",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--only-plot", action="store_true", help="of recorded rows")

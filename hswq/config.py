@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "nearest",
         "bias_correction": False,
         "damping": 0.01,
+        "sweeps": 4,
         "keep_ratio": DEFAULT_KEEP_RATIO,
     },
     "best": {
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "compensated",
         "bias_correction": True,
         "damping": 0.01,
+        "sweeps": 4,
         "keep_bytes": 0.05,
     },
 }
@@ -249,6 +251,14 @@ class CalibrationConfig:
         "compensated: share of the mean diagonal that is added to the Gram matrix (0.01)",
         minimum=1e-6,
         maximum=1e3,
+        group="measurement",
+    )
+    sweeps: int = option(
+        None,
+        "compensated: how often at most all codes of a weight are chosen anew for what the others "
+        "have become (4)",
+        minimum=0,
+        maximum=1000,
         group="measurement",
     )
     gram_memory: str = option(

@@ -19,21 +19,23 @@ from hswq.models.offload import execution_device
 MAX_COLUMNS = 8192
 # Rows taken from a call: calibration runs make many calls, and neighbouring rows are alike.
 ROWS_PER_CALL = 1024
+# What a row of the guided difference counts beside one of the inputs themselves.
+GUIDED_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Sums over rows of a layer's inputs: x itself for a Linear, patches for a convolution.
+    """Weighted sums over rows of a layer's inputs: x for a Linear, patches for a convolution.
 
     Attributes:
-        matrix: sum x x^T, float32 [blocks, n / blocks, n / blocks], columns as in the weight.
-        total: sum x, float64 [n].
-        rows: rows added; 0 where no call had finite inputs.
+        matrix: sum w x x^T, float32 [blocks, n / blocks, n / blocks], columns as in the weight.
+        total: sum w x, float64 [n].
+        rows: sum w, the number of rows where all count alike; 0 where no call had finite inputs.
     """
 
     matrix: Tensor
     total: Tensor
-    rows: int
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,26 @@ def gram_groups(layers: Iterable[GramLayer], memory_bytes: int) -> list[list[Gra
 
 @contextmanager
 def gather_grams(
-    module: nn.Module, layers: Sequence[GramLayer], backend: str | None = None
+    module: nn.Module,
+    layers: Sequence[GramLayer],
+    backend: str | None = None,
+    *,
+    guidance: float | None = None,
 ) -> Iterator[dict[str, Gram]]:
     """Gather the Gram matrices of some layers while the caller runs the module.
 
     At most ROWS_PER_CALL rows of a call are taken, evenly spread, other ones in every call.
 
+    Under classifier-free guidance the sampler goes by y_u + g (y_c - y_u), the error of which is
+    d (x_u + g (x_c - x_u)) for a layer with error d of its weight. Of these combined rows half as
+    many are added, with the weight GUIDED_WEIGHT; alone they would leave the two predictions to
+    drift apart where the combination does not show it.
+
     Args:
         module: the denoiser.
         layers: what to gather.
         backend: of the kernels.
+        guidance: g, where the first half of every batch is x_u and the second x_c; None elsewhere.
     Yields:
         The Gram matrices by the names of all layers that share them; filled when the block ends.
     """
@@ -121,7 +133,7 @@ def gather_grams(
         watches = []
         for layer in layers:
             part = module.get_submodule(layer.name)
-            watch = _Watch(part, layer, backend)
+            watch = _Watch(part, layer, backend, guidance)
             hooks.callback(part.register_forward_pre_hook(watch.hook, with_kwargs=True).remove)
             watches.append((layer, watch))
         yield grams
@@ -132,16 +144,19 @@ def gather_grams(
 class _Watch:
     """The sums of one layer."""
 
-    def __init__(self, part: nn.Module, layer: GramLayer, backend: str | None) -> None:
+    def __init__(
+        self, part: nn.Module, layer: GramLayer, backend: str | None, guidance: float | None
+    ) -> None:
         self._part = part
         self._layer = layer
         self._backend = backend
+        self._guidance = guidance
         self._call = 0
         width = layer.columns // layer.blocks
         device = execution_device(part)
         self._matrix = torch.zeros(layer.blocks, width, width, dtype=torch.float32, device=device)
         self._total = torch.zeros(layer.columns, dtype=torch.float64, device=device)
-        self._rows = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows = torch.zeros((), dtype=torch.float64, device=device)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
@@ -155,20 +170,36 @@ class _Watch:
         if x.numel() == 0:
             return
         with torch.no_grad():
-            if isinstance(module, nn.Conv2d):
-                self._add_images(module, x.detach(), phase)
-            else:
-                rows = x.detach().reshape(-1, x.shape[-1])
-                step = math.ceil(len(rows) / ROWS_PER_CALL)
-                self._add_rows(rows[int(phase * step) :: step])
+            x = x.detach()
+            self._add(module, x, phase, ROWS_PER_CALL, 1.0)
+            batched = x.dim() == 4 if isinstance(module, nn.Conv2d) else x.dim() > 1
+            if self._guidance is not None and batched and len(x) % 2 == 0:
+                without, given = x.float().chunk(2)
+                guided = without + self._guidance * (given - without)
+                self._add(module, guided, phase, ROWS_PER_CALL // 2, GUIDED_WEIGHT)
 
-    def _add_rows(self, rows: Tensor) -> None:
-        added = kernels.gram(rows, self._matrix, backend=self._backend)
-        self._add_total(added, rows.double().sum(0))
+    def _add(self, module: nn.Module, x: Tensor, phase: float, limit: int, weight: float) -> None:
+        """Add at most `limit` rows."""
+        if weight != 1.0:
+            x = x * math.sqrt(weight)
+        if isinstance(module, nn.Conv2d):
+            added, total = self._add_images(module, x, phase, limit)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            step = math.ceil(len(rows) / limit)
+            rows = rows[int(phase * step) :: step]
+            added = kernels.gram(rows, self._matrix, backend=self._backend)
+            total = rows.double().sum(0)
+        self._rows += added * weight
+        total *= math.sqrt(weight)
+        self._total += torch.where(added > 0, total, torch.zeros_like(total))
 
-    def _add_images(self, layer: nn.Conv2d, x: Tensor, phase: float) -> None:
+    def _add_images(
+        self, layer: nn.Conv2d, x: Tensor, phase: float, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add patches; return how many, 0 where some are not finite, and their sum."""
         images = x if x.dim() == 4 else x.unsqueeze(0)
-        every = math.ceil(len(images) / ROWS_PER_CALL)
+        every = math.ceil(len(images) / limit)
         images = images[int(phase * every) :: every]
         padded = nn.functional.pad(images, *_padding(layer))
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
@@ -179,7 +210,7 @@ class _Watch:
         ]
         # Every k-th output position in both directions, from another one each call.
         step = 1
-        while len(images) * math.prod(-(-count // step) for count in positions) > ROWS_PER_CALL:
+        while len(images) * math.prod(-(-count // step) for count in positions) > limit:
             step += 1
         first = [min(int(phase * step), count - 1) for count in positions]
         padded = padded[:, :, first[0] * strides[0] :, first[1] * strides[1] :]
@@ -192,14 +223,10 @@ class _Watch:
             dilation=_pair(layer.dilation),
             backend=self._backend,
         )
-        self._add_total(added, _patch_sums(padded, layer, wide, reach))
-
-    def _add_total(self, added: Tensor, total: Tensor) -> None:
-        self._rows += added
-        self._total += torch.where(added > 0, total, torch.zeros_like(total))
+        return added, _patch_sums(padded, layer, wide, reach)
 
     def gram(self) -> Gram:
-        return Gram(self._matrix, self._total.cpu(), int(self._rows))
+        return Gram(self._matrix, self._total.cpu(), float(self._rows))
 
 
 def _patch_sums(

@@ -112,6 +112,12 @@ class SamplingRun:
         """The denoiser's dtype by name."""
         return str(self.denoiser.dtype).removeprefix("torch.")
 
+    @property
+    def halves_guidance(self) -> float | None:
+        """The guidance scale, where the halves of a batch are the rows without prompt and with."""
+        guided = self._sampler.guided_halves and self.guidance > 1.0
+        return self.guidance if guided else None
+
     def recorded_steps(self) -> set[tuple[int, int]]:
         """Return (sample, step) of the steps whose calls are recorded."""
         count = min(self._config.calls, len(self.indices) * self.steps)

@@ -165,7 +165,8 @@ class Calibration:
             found["sensitivity"] = "impact"
         if codes and self.codes is not None and self.codes.is_file():
             with Codes(self.codes) as file:
-                given = {name: file.options.get(name) for name in ("bias_correction", "damping")}
+                names = ("bias_correction", "damping", "sweeps")
+                given = {name: file.options.get(name) for name in names}
                 if (file.fingerprint, file.settings) == (self.fingerprint, self.run_settings()):
                     found |= {"rounding": "compensated", **given}
                 else:

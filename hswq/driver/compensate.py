@@ -50,6 +50,7 @@ def codes_options(config: CalibrationConfig) -> dict[str, Any]:
         "container": config.container if config.scaled else None,
         "bias_correction": config.bias_correction,
         "damping": config.damping,
+        "sweeps": config.sweeps,
         "bins": bins,
         "candidates": candidates,
         "refinements": refinements,
@@ -86,7 +87,8 @@ def write_codes(
         model_map: the map traced for it.
         run: the samples, with the denoiser.
         calibration: of the same samples.
-        config: gram_memory, damping, bias_correction, scaled, container and the search are read.
+        config: gram_memory, damping, sweeps, bias_correction, scaled, container and the search are
+            read.
         work: the work folder.
         ranks: the processes of the run.
         progress: called with ('gram 1/G', steps …) and ('round', units …).
@@ -115,7 +117,9 @@ def write_codes(
         try:
             grams: dict[str, Gram] = {}
             if layers:
-                with gather_grams(run.denoiser, layers, config.backend) as grams:
+                with gather_grams(
+                    run.denoiser, layers, config.backend, guidance=run.halves_guidance
+                ) as grams:
                     run.sample(run.indices, f"gram {number}/{count}", progress)
             # Units are disjoint, so that the first of them names the part.
             path = work.path / f"codes-{job.number(units[0]):05}.safetensors"
@@ -357,10 +361,13 @@ class _Rounding:
             )
         else:
             weight = weight.to(factors.device)
-            rounded = round_weight(weight, factors, amax, scale, backend=config.backend)
+            rounded = round_weight(
+                weight, factors, amax, scale, sweeps=config.sweeps, backend=config.backend
+            )
         if unit.key in self._biases:
             exact = checkpoint.read(self._biases[unit.key])
-            bias = (exact.double() + rounded.shift).to(torch.float32)
+            # As the file will have it, so that impact is measured of no other.
+            bias = (exact.double() + rounded.shift).to(exact.dtype).float()
         if rounded.problem:
             self.unusable[unit.name] = rounded.problem
         figures = UnitCodes(

@@ -18,7 +18,16 @@ EPILOG = (
 # Options of calibration that painting has no use for.
 _NOT_OF_BENCH = (
     *("activations", "scaled", "container", "preset", "sensitivity", "rounding"),
-    *("bias_correction", "damping", "gram_memory", "search", "bins", "candidates", "refinements"),
+    *(
+        "bias_correction",
+        "damping",
+        "sweeps",
+        "gram_memory",
+        "search",
+        "bins",
+        "candidates",
+        "refinements",
+    ),
     *("cpu_offload", "sequential_offload"),
 )
 

@@ -76,12 +76,12 @@ def quantize_module(
         else:
             centred = bool(plan.options.get("bias_correction")) and bias is not None
             factors = Factors(gram, centred, float(plan.options["damping"]))
-            rounded = round_weight(weight, factors, amax, scale, backend=backend)
+            sweeps = int(plan.options["sweeps"])
+            rounded = round_weight(weight, factors, amax, scale, sweeps=sweeps, backend=backend)
             codes = rounded.codes.to(weight.device)
             if centred and bias is not None:
                 shifted = bias.detach().double() + rounded.shift.to(bias.device)
-                # By way of float32, as in a file of codes.
-                bias = shifted.float().to(bias.dtype)
+                bias = shifted.to(bias.dtype)
         values = torch.tensor([scale], dtype=torch.float32, device=weight.device)
         input_scale = input_scales.get(layer.name)
         if input_scale is not None:

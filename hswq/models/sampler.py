@@ -55,6 +55,8 @@ class Sampler:
         vae: class of its VAE.
         vae_prefix: what the VAE's keys start with in a single file.
         patch: pixels of the latent a token covers in each direction, which divides its edges.
+        guided_halves: under classifier-free guidance a batch holds the rows without the prompt
+            first, then as many with it.
     """
 
     class_name: str
@@ -66,6 +68,7 @@ class Sampler:
     vae: str = "AutoencoderKL"
     vae_prefix: str = "vae."
     patch: int = 2
+    guided_halves: bool = False
 
     def defaults(self, config: Mapping[str, Any]) -> tuple[int, float]:
         """Return steps and guidance for a denoiser of this configuration."""

@@ -181,6 +181,7 @@ def impact_options(config: CalibrationConfig) -> dict[str, Any]:
         options |= {"candidates": candidates, "refinements": refinements}
     if config.rounding == "compensated":
         options |= {"bias_correction": config.bias_correction, "damping": config.damping}
+        options["sweeps"] = config.sweeps
     return options
 
 
@@ -307,7 +308,9 @@ class _Compensated(_Nearest):
         centred = config.bias_correction and layer.bias is not None
         factors = Factors(self._calibration.grams[name], centred, config.damping)
         rounded = round_weight(
-            parameter_of(layer, "weight"), factors, amax, scale, backend=config.backend
+            *(parameter_of(layer, "weight"), factors, amax, scale),
+            sweeps=config.sweeps,
+            backend=config.backend,
         )
         bias = parameter_of(layer, "bias").cpu().double() + rounded.shift if centred else None
         return rounded.codes, scale, None if bias is None else bias.float()

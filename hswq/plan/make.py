@@ -34,7 +34,11 @@ def plan_options(config: QuantizeConfig) -> dict[str, object]:
         # Absent otherwise, as in the files of earlier releases.
         **({} if config.keep_preset == "none" else {"keep_preset": config.keep_preset}),
         **({"bias_correction": True} if config.bias_correction else {}),
-        **({"damping": config.damping} if config.rounding == "compensated" else {}),
+        **(
+            {"damping": config.damping, "sweeps": config.sweeps}
+            if config.rounding == "compensated"
+            else {}
+        ),
         **({"activations": "fp8"} if config.activations == "fp8" else {}),
     }
 

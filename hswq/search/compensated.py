@@ -14,6 +14,8 @@ from hswq import kernels
 from hswq.calibration import Gram
 
 _LEAST_GAIN = 1e-3
+# Columns of a sweep that are brought up to date among themselves before all others are.
+_SWEPT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,23 @@ class Rounded:
     problem: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of H on the diagonal, its columns in the order in which they are rounded.
+
+    Attributes:
+        second: H, not damped, float32 [n, n], on the device of the sums.
+        added: what damping adds to the diagonal.
+        upper: U, float64 [n, n], on the CPU.
+        order: int64 [n]: the weight's column that comes k-th, on the CPU.
+    """
+
+    second: Tensor
+    added: float
+    upper: Tensor
+    order: Tensor
+
+
 class Factors:
     """What rounding needs of a Gram matrix, worked out once for all weights that share it.
 
@@ -56,11 +75,10 @@ class Factors:
 
     def __init__(self, gram: Gram, centred: bool, damping: float) -> None:
         self.problem = "" if gram.rows else "no call had finite inputs"
-        rows = max(1, gram.rows)
+        rows = gram.rows or 1.0
         self.mean = gram.total / rows
         self._width = gram.matrix.shape[-1]
-        # H in float32 on the device of the sums, for measuring; U and the order.
-        self.blocks: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.blocks: list[Block] = []
         self.device = gram.matrix.device
         with one_thread():
             for number, block in enumerate(gram.matrix):
@@ -68,25 +86,25 @@ class Factors:
                 if centred:
                     mean = self.mean[number * self._width : (number + 1) * self._width]
                     second -= torch.outer(mean, mean)
-                upper, order = self._factor(second, damping)
-                self.blocks.append((second.float().to(self.device), upper, order))
+                order = torch.argsort(second.diagonal(), descending=True, stable=True)
+                added = damping * float(second.diagonal().mean())
+                second = second[order][:, order]
+                upper = self._factor(second, added)
+                self.blocks.append(Block(second.float().to(self.device), added, upper, order))
 
-    def _factor(self, second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        diagonal = second.diagonal()
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        added = damping * float(diagonal.mean())
+    def _factor(self, second: Tensor, added: float) -> Tensor:
         identity = torch.eye(len(second), dtype=torch.float64, device="cpu")
         if not (math.isfinite(added) and added > 0.0):
             self.problem = self.problem or "its inputs are all zero or not finite"
-            return identity, order
-        damped = second[order][:, order]
+            return identity
+        damped = second.flip((0, 1))
         damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip((0, 1)))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             self.problem = self.problem or "its Gram matrix is not positive definite"
-            return identity, order
-        upper = lower.flip((0, 1))
-        return torch.linalg.solve_triangular(upper, identity, upper=True), order
+            return identity
+        upper: Tensor = torch.linalg.solve_triangular(lower.flip((0, 1)), identity, upper=True)
+        return upper
 
     def columns(self, weight: Tensor) -> Iterator[Tensor]:
         """Yield the columns of a weight that belong to each block, [O, n / blocks]."""
@@ -97,9 +115,9 @@ class Factors:
     def quadratic(self, delta: Tensor) -> float:
         """Return the sum over the rows d of delta of d^T H d, delta float32 [O, n]."""
         total = 0.0
-        for part, (second, _, _) in zip(self.columns(delta), self.blocks, strict=True):
-            part = part.to(second.device)
-            total += float((part @ second * part).double().sum())
+        for part, block in zip(self.columns(delta), self.blocks, strict=True):
+            ordered = part.to(self.device)[:, block.order.to(self.device)]
+            total += float((ordered @ block.second * ordered).double().sum())
         return total
 
 
@@ -109,23 +127,30 @@ def round_weight(
     amax: float,
     scale: float,
     *,
+    sweeps: int = 0,
     compensate: bool = True,
     backend: str | None = None,
 ) -> Rounded:
-    """Round a weight to codes whose error is least on the calibration's inputs.
+    """Round a weight to codes whose error is small on the calibration's inputs.
 
     Both nearest and compensated codes are made and compared by sum_o d_o^T H d_o, d the error of
     a row. Compensated ones are kept where they are better by a thousandth at least: far more than
     products in another order of summation differ, so that the choice is the same everywhere.
+
+    Compensation rounds each column once, when those before it are known and those behind it are
+    not. Sweeps then go over the columns again, each of which is rounded anew for what all others
+    have become.
 
     Args:
         weight: floating point [O, ...], on any device.
         factors: of its inputs.
         amax: clipping threshold of nearest codes.
         scale: float32 value, 1 without a scale.
+        sweeps: over compensated codes, at most; they end when one changes nothing.
         compensate: False makes nearest codes, with their error and shift.
         backend: of the kernels.
-    Source: Frantar et al., GPTQ, arXiv:2210.17323, on the E4M3 codepoints.
+    Source: Frantar et al., GPTQ, arXiv:2210.17323, on the E4M3 codepoints; the sweeps are
+    coordinate descent, as in Nair and Suggala, CDQuant, arXiv:2406.17542.
     """
     weight = weight.detach()
     exact = weight.float().flatten(1)
@@ -133,7 +158,7 @@ def round_weight(
     best, delta = nearest, exact - _values(nearest, scale, backend)
     error = nearest_error = factors.quadratic(delta)
     if compensate and not factors.problem:
-        codes = _compensated(weight, factors, scale, backend)
+        codes = _compensated(weight, factors, scale, sweeps, backend)
         other = exact - _values(codes, scale, backend)
         found = factors.quadratic(other)
         if found < error * (1.0 - _LEAST_GAIN):
@@ -149,18 +174,71 @@ def round_weight(
     )
 
 
-def _compensated(weight: Tensor, factors: Factors, scale: float, backend: str | None) -> Tensor:
-    parts = [
-        kernels.round_compensated(
-            part.contiguous(),
-            upper.to(weight.device),
-            scale,
-            order.to(weight.device),
-            backend=backend,
+def _compensated(
+    weight: Tensor, factors: Factors, scale: float, sweeps: int, backend: str | None
+) -> Tensor:
+    parts = []
+    for part, block in zip(factors.columns(weight), factors.blocks, strict=True):
+        part, order = part.contiguous(), block.order.to(weight.device)
+        codes = kernels.round_compensated(
+            part, block.upper.to(weight.device), scale, order, backend=backend
         )
-        for part, (_, upper, order) in zip(factors.columns(weight), factors.blocks, strict=True)
-    ]
+        if sweeps:
+            codes = _swept(part.float(), codes, block, scale, sweeps, backend)
+        parts.append(codes)
     return torch.cat(parts, 1).reshape(weight.shape)
+
+
+def _swept(
+    exact: Tensor, codes: Tensor, block: Block, scale: float, sweeps: int, backend: str | None
+) -> Tensor:
+    """Round each column anew for what the others have become, until nothing changes.
+
+    sum_o d_o^T H d_o, d = w - q, is a parabola of every single q_j, least at q_j + (H d)_j / H_jj:
+    the code nearest to it takes the place of q_j's if it is nearer. H is damped as in U.
+    In float32: errors of summation shift that point by far less than the codes lie apart, and
+    never let a sweep do harm that the comparison with nearest codes would not find.
+
+    Args:
+        exact: float32 [O, n].
+        codes: uint8 [O, n].
+        block: of n columns.
+    """
+    order = block.order.to(exact.device)
+    second = block.second.to(exact.device)
+    diagonal = second.diagonal() + block.added
+    # Saturation alone clips: what is rounded is no weight.
+    limit = torch.tensor(torch.finfo(torch.float32).max, device=exact.device, dtype=torch.float32)
+    factor = torch.tensor(scale, device=exact.device, dtype=torch.float32)
+    # Columns of the weight as rows.
+    chosen = codes[:, order].T.contiguous()
+    values = kernels.dequantize_e4m3(chosen, factor, backend=backend)
+    delta = exact[:, order].T - values
+    with one_thread():
+        slope = torch.addmm(block.added * delta, second, delta)
+        for _ in range(sweeps):
+            before = chosen.clone()
+            for start in range(0, len(chosen), _SWEPT):
+                part = slice(start, min(start + _SWEPT, len(chosen)))
+                near, steps = slope[part], torch.zeros_like(slope[part])
+                among = second[part, part]
+                for k in range(len(near)):
+                    best = values[start + k] + near[k] / diagonal[start + k]
+                    code = kernels.quantize_e4m3(best, limit, factor, backend=backend)
+                    value = kernels.dequantize_e4m3(code, factor, backend=backend)
+                    nearer = (value - best).abs() < (values[start + k] - best).abs()
+                    steps[k] = torch.where(nearer, value - values[start + k], 0.0)
+                    near.addr_(among[k], steps[k], alpha=-1.0)
+                    near[k] -= block.added * steps[k]
+                    values[start + k] = torch.where(nearer, value, values[start + k])
+                    chosen[start + k] = torch.where(nearer, code, chosen[start + k])
+                for others in (slice(0, start), slice(part.stop, None)):
+                    slope[others] -= second[others, part] @ steps
+            if torch.equal(before, chosen):
+                break
+    swept = torch.empty_like(codes)
+    swept[:, order] = chosen.T
+    return swept
 
 
 def _values(codes: Tensor, scale: float, backend: str | None) -> Tensor:

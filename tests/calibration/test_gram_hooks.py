@@ -165,3 +165,35 @@ def test_more_images_than_rows_are_thinned() -> None:
         layer(torch.ones(gram_module.ROWS_PER_CALL + 1, 3, 3, 3))
     (gram,) = calibration.grams.values()
     assert 0 < gram.rows <= gram_module.ROWS_PER_CALL
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3, padding=1)], ids=str)
+def test_guided_combinations_count_beside_the_rows(layer):
+    """The sampler goes by y_u + g (y_c - y_u); halves taken the wrong way round lower no error."""
+    x = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    guided = x[:2] + 5.0 * (x[2:] - x[:2])
+    if isinstance(layer, nn.Linear):
+        x, guided = (it.movedim(1, 3) for it in (x, guided))
+        parts = [it.reshape(-1, 3).double() for it in (x, guided)]
+    else:
+        parts = [patches(layer, it).double() for it in (x, guided)]
+    with torch.no_grad(), gather_grams(layer, gram_layers(layer), guidance=5.0) as grams:
+        layer(x)
+        layer(x[:1])
+    rows = torch.cat([parts[0], parts[0][: len(parts[0]) // 4], parts[1]])
+    weights = torch.ones(len(rows), 1, dtype=torch.float64)
+    weights[-len(parts[1]) :] = gram_module.GUIDED_WEIGHT
+    gram = grams[""]
+    assert gram.rows == pytest.approx(float(weights.sum()))
+    expected = (weights * rows).T @ rows
+    assert torch.allclose(gram.matrix[0].double(), expected, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(gram.total, (weights * rows).sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_guided_rows_are_bounded_too(monkeypatch):
+    """Half as many, so that a call costs half as much again."""
+    monkeypatch.setattr(gram_module, "ROWS_PER_CALL", 8)
+    layer = nn.Linear(3, 2)
+    with torch.no_grad(), gather_grams(layer, gram_layers(layer), guidance=5.0) as grams:
+        layer(torch.ones(2, 64, 3))
+    assert grams[""].rows == pytest.approx(8 + 4 * gram_module.GUIDED_WEIGHT)

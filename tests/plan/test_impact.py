@@ -360,7 +360,7 @@ def test_impact_of_other_codes_is_measured_anew(module, caplog):
         module(torch.randn(2, 3, 4, 4), {"value": torch.tensor(1.5)})
     config = hswq.QuantizeConfig(preset="best")
     first = calibration.measure_impact(module, config)
-    for other in ({"damping": 0.5}, {"bias_correction": False}):
+    for other in ({"damping": 0.5}, {"bias_correction": False}, {"sweeps": 0}):
         changed = hswq.QuantizeConfig(**{**BEST, **other})
         hswq.make_plan(module, calibration, changed)
         assert "the ranking is a guess" in caplog.text

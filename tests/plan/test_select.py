@@ -354,7 +354,7 @@ def test_presets_give_way_to_options() -> None:
 def test_without_a_preset_what_was_measured_decides() -> None:
     """Repeating calibration's options for every file invites mistakes; so does guessing them."""
     config = QuantizeConfig()
-    levers = ("sensitivity", "rounding", "bias_correction", "damping")
+    levers = ("sensitivity", "rounding", "bias_correction", "damping", "sweeps")
     for measured, budget in (("seed", ("keep_ratio", 0.10)), ("best", ("keep_bytes", 0.05))):
         settled = config.settled(PRESETS[measured])
         assert {name: getattr(settled, name) for name in levers} == {

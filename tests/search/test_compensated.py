@@ -11,6 +11,7 @@ import torch
 from hswq import kernels
 from hswq.calibration import Gram
 from hswq.search.compensated import Factors, round_weight
+from tests.conftest import Backend
 
 
 def inputs(rows: int = 400, columns: int = 24, mean: float = 0.0) -> torch.Tensor:
@@ -172,3 +173,66 @@ def test_shapes_and_dtypes_of_layers(dtype):
     assert rounded.codes.dtype == torch.uint8
     assert rounded.shift.shape == (16,)
     assert math.isfinite(rounded.error)
+
+
+def quadratic(delta: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """d_o^T H d_o of every row, float64."""
+    return (delta @ second * delta).sum(1)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 0.05), (0.2 / 448, 0.05), (1.0, 200.0)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_sweeps_end_where_no_single_code_is_better(scale, size, centred):
+    """A wrong slope or step would leave codes that another one beats; saturation included."""
+    x, w = inputs(rows=60, mean=1.0), weight(scale=size)
+    factors = Factors(gram_of(x), centred, 0.01)
+    rounded = round_weight(w, factors, 448.0 * scale, scale, sweeps=1000)
+    assert rounded.compensated
+    (block,) = factors.blocks
+    second = torch.empty_like(block.second)
+    second[block.order[:, None], block.order[None]] = block.second
+    second.diagonal().add_(block.added)
+    second = second.double()
+    values = kernels.dequantize_e4m3(torch.arange(127, dtype=torch.uint8), scale).double()
+    values = torch.cat((values, -values))
+    delta = w.double() - kernels.dequantize_e4m3(rounded.codes, scale).double()
+    least = quadratic(delta, second)
+    for column in range(w.shape[1]):
+        for value in values:
+            other = delta.clone()
+            other[:, column] = w[:, column].double() - value
+            assert (quadratic(other, second) > least * (1.0 - 1e-5)).all()
+
+
+def test_sweeps_gain_in_each_of_the_blocks():
+    """A block whose codes went elsewhere would lose what compensation has gained."""
+    x, w = inputs(columns=150), weight(rows=64, columns=150).half()
+    factors = Factors(gram_of(x, blocks=2), True, 0.01)
+    plain, swept = (round_weight(w, factors, 448.0, 1.0, sweeps=sweeps) for sweeps in (0, 100))
+    for rows in (slice(0, 75), slice(75, 150)):
+        centred = (x[:, rows] - x[:, rows].mean(0)).double()
+        errors = []
+        for rounded in (plain, swept):
+            delta = w.double() - kernels.dequantize_e4m3(rounded.codes, 1.0).double()
+            errors.append(float((centred @ delta[:, rows].T).square().sum()))
+        assert errors[1] < errors[0]
+
+
+def test_swept_codes_do_not_depend_on_backend_and_threads(backend: Backend):
+    """One calibration gives one file of codes."""
+    # More columns than are brought up to date together.
+    x, w = inputs(columns=150), weight(rows=700, columns=150)
+    found = []
+    before = torch.get_num_threads()
+    for name, threads in (("reference", 1), (backend.name, 1), (backend.name, 3)):
+        torch.set_num_threads(threads)
+        try:
+            factors = Factors(gram_of(x), False, 0.01)
+            rounded = round_weight(
+                *(w.to(backend.device), factors, 448.0, 1.0), sweeps=4, backend=name
+            )
+        finally:
+            torch.set_num_threads(before)
+        found.append(rounded.codes)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -174,6 +174,7 @@ SDXL = Family(
     class_name="UNet2DConditionModel",
     sampler=_SDXLSampler(
         class_name="StableDiffusionXLPipeline",
+        guided_halves=True,
         text_encoders=(
             TextEncoder(
                 name="text_encoder",
