@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality --plot docs/quality.svg
     python -m benchmarks.quality --model DIR --name flux --levers seed best
+    python -m benchmarks.quality --model DIR --name flux --noise
 
 Calibrates a checkpoint once for each kind of codes, writes a file for every lever and budget, loads
 it with hswq's own loader and paints prompts that the calibration has not seen, from noise that it
@@ -12,6 +13,9 @@ same noise, so that they are also compared prompt by prompt: geometric mean of t
 walked and skipped as the method says, and nearest codes; what `--preset seed` writes is compared
 with this module's own choice and with torch's own cast, layer by layer. The variances are hswq's
 there; tests/benchmarks/test_quality.py takes them from hooks of the seed's own.
+
+`--noise` paints with all weights of Linear and Conv2d changed at random by as much as rounding to
+16 bits changes them. Images that this moves far are not the quantizer's to save.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import hswq
 from benchmarks.record import RESULTS, record
@@ -61,6 +66,8 @@ TWINS = {
     "impact, compensated, no bias": "compensated",
     "best": "compensated, bias",
 }
+# Relative change of `--noise`: half a step of float16 at most.
+NOISE = 2.0**-12
 KINDS = {"V1": {"container": "comfy"}, "V2": {"scaled": True, "container": "hswq"}}
 # Noise of the calibration starts from seed 0.
 FIRST_SEED = 100_000
@@ -216,26 +223,57 @@ def measure(options: argparse.Namespace) -> None:
                 check_seed(subject, stats, output, kept, share)
             painted = subject.paint(subject.load(output), bars)
             row = {
-                "op": "quality",
-                "model": options.name,
                 "kind": kind,
                 "lever": lever,
                 "keep_bytes": share,
                 "kept": len(kept),
                 "file_bytes": report.output_bytes,
-                "prompts": options.prompts,
-                "seeds": options.seeds,
-                "steps": subject.sampling.steps,
                 "samples": calibration["samples"],
                 "calls": calibration["calls"],
                 **({"varied": varied} if varied else {}),
-                **errors(painted, exact, options.prompts),
             }
-            if options.dry:
-                print(json.dumps(row))
-            else:
-                record(row)
+            put(subject, row, painted, exact)
     bars.close()
+
+
+def measure_noise(options: argparse.Namespace) -> None:
+    """Paint with weights that are changed a little at random, and record."""
+    bars = Bars()
+    with tempfile.TemporaryDirectory() as name:
+        subject = Subject(options.model, options, Path(name), bars)
+        exact = subject.paint(subject.exact, bars)
+        painted = subject.paint(perturbed(subject.exact), bars)
+        put(subject, {"kind": "-", "lever": "noise", "relative_change": NOISE}, painted, exact)
+    bars.close()
+
+
+def perturbed(denoiser: Any) -> Any:
+    """Return a copy whose Linear and Conv2d weights are w (1 + u), u even in +-NOISE."""
+    other = copy.deepcopy(denoiser)
+    generator = torch.Generator().manual_seed(0)
+    for part in other.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            change = torch.rand(part.weight.shape, generator=generator).mul_(2.0).sub_(1.0)
+            part.weight.data.mul_(change.mul_(NOISE).add_(1.0))
+    return other
+
+
+def put(subject: Subject, row: dict[str, Any], painted: Painted, exact: Painted) -> None:
+    """Record a row, or print it."""
+    options = subject.options
+    row = {
+        "op": "quality",
+        "model": options.name,
+        **row,
+        "prompts": options.prompts,
+        "seeds": options.seeds,
+        "steps": subject.sampling.steps,
+        **errors(painted, exact, options.prompts),
+    }
+    if options.dry:
+        print(json.dumps(row))
+    else:
+        record(row)
 
 
 def errors(painted: Painted, exact: Painted, prompts: int) -> dict[str, Any]:
@@ -362,6 +400,16 @@ def variations() -> str:
     return "\n".join(lines)
 
 
+def noises() -> str:
+    """Return what each model's images move by when its weights change at random."""
+    lines = ["| weights changed by 2^-12 at most | latent MSE | median |", "|---|---|---|"]
+    rows = {row["model"]: row for row in recorded_rows() if row["lever"] == "noise"}
+    for model in MODELS:
+        if (row := rows.get(model)) is not None:
+            lines.append(f"| {model} | {error(row)} | {row['latent_mse_median']:.1e} |")
+    return "\n".join(lines)
+
+
 def plot(path: Path) -> None:
     """Draw latent error against file size: a panel for each model and kind, a line a lever."""
     found = {model: latest_rows(model) for model in MODELS}
@@ -427,16 +475,18 @@ def main() -> None:
         metavar="NAME=VALUE",
         help="calibrate otherwise: samples, steps, calls, seed, sweeps or damping",
     )
+    parser.add_argument("--noise", action="store_true", help="paint with weights changed at random")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--only-plot", action="store_true", help="of recorded rows")
     parser.add_argument("--dry", action="store_true", help="print rows and record nothing")
     options = parser.parse_args()
     if not options.only_plot:
-        measure(options)
+        (measure_noise if options.noise else measure)(options)
     if options.plot is not None:
         plot(options.plot)
     if not options.dry:
-        print("\n".join([*(table(model) for model in MODELS if latest_rows(model)), variations()]))
+        tables = [table(model) for model in MODELS if latest_rows(model)]
+        print("\n".join([*tables, variations(), "", noises()]))
 
 
 if __name__ == "__main__":

@@ -183,3 +183,18 @@ def test_variations_stand_below_the_default_of_equal_images(tmp_path: Path, monk
     assert len(lines) == 2 * len(quality.LEVERS)
     assert all("32 x 1 | - | 6.0e-04" in line for line in lines[::2])
     assert all("samples 8 | 7.0e-04" in line for line in lines[1::2])
+
+
+def test_noise_changes_every_weight_by_half_a_step_of_float16_at_most() -> None:
+    """More would be no bound for what rounding may be blamed for; none would be no test."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Conv2d(8, 8, 3))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    other = quality.perturbed(module).state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+        if name in ("0.weight", "2.weight"):
+            relative = ((other[name] - value) / value).abs()
+            assert quality.NOISE / 2 < float(relative.max()) <= 1.001 * quality.NOISE
+            assert float((other[name] != value).double().mean()) > 0.99
+        else:
+            assert torch.equal(other[name], value)
