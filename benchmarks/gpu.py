@@ -253,7 +253,7 @@ def seed_search(bench: Bench, layers: list[Layer], settings: dict[str, int], our
 
 
 def rounding(bench: Bench) -> Iterator[Row]:
-    """gram and round_compensated of typical layers, against the reference in torch."""
+    """gram, round_compensated and sweep_codes of typical layers, against the reference in torch."""
     rows, columns = (8, 32) if bench.small else (1280, 2560)
     for name in ("fp16", "bf16"):
         x = bench.noise(2 * rows, columns, dtype=DTYPES[name], deviation=1.0)
@@ -277,6 +277,17 @@ def rounding(bench: Bench) -> Iterator[Row]:
                 w, upper, 1e-4, order, backend=backend
             ),
         )
+    # One of the blocks of a sweep; its steps reach the other columns by a product of torch's own.
+    block = min(columns, 64)
+    slope = bench.noise(block, rows, dtype=torch.float32)
+    codes = torch.zeros(block, rows, dtype=torch.uint8, device=bench.device)
+    second = torch.eye(block, device=bench.device)
+    yield pair_row(
+        bench,
+        "sweep_codes",
+        f"{block}x{rows}",
+        lambda backend: kernels.sweep_codes(slope, codes, second, 1e-4, backend=backend),
+    )
 
 
 def pair_row(bench: Bench, op: str, case: str, side: Callable[[str], object]) -> Row:

@@ -164,4 +164,15 @@ PYBIND11_MODULE(_cpp, m) {
       },
       py::arg("dtype"), py::arg("weights"), py::arg("rows"), py::arg("columns"), py::arg("upper"),
       py::arg("scale"), py::arg("order"), py::arg("threads"), py::arg("codes"), Unlocked());
+
+  m.def(
+      "sweep_codes",
+      [](uintptr_t slope, uintptr_t codes, uintptr_t second, size_t columns, size_t lanes,
+         uintptr_t scale, size_t threads, uintptr_t steps) {
+        hswq::SweepCodes(Pointer<float>(slope), Pointer<uint8_t>(codes),
+                         Pointer<const float>(second), columns, lanes, Pointer<const float>(scale),
+                         threads, Pointer<float>(steps));
+      },
+      py::arg("slope"), py::arg("codes"), py::arg("second"), py::arg("columns"), py::arg("lanes"),
+      py::arg("scale"), py::arg("threads"), py::arg("steps"), Unlocked());
 }

@@ -54,6 +54,10 @@ static constexpr size_t RoundingWorkspace(size_t rows, size_t columns) {
          kRoundedColumns * kRoundedColumns;
 }
 
+// A sweep takes at most so many columns, and its rows by so many: 16 KB of slopes.
+constexpr size_t kSweptColumns = 64;
+constexpr size_t kSweptLanes = 64;
+
 // The patches of images [channels, size[0], size[1]]: one row of columns (channel, kernel[0],
 // kernel[1]) for each of output[0] * output[1] positions. The input of a Linear is images of one
 // element with a kernel of one.
@@ -142,6 +146,12 @@ struct Kernels {
   void (*round_compensated)(DType dtype, const void* weights, size_t rows, size_t columns,
                             const double* upper, const float* scale, const int64_t* order,
                             double* workspace, uint8_t* codes);
+
+  // Chooses the codes of `columns` <= kSweptColumns columns of a weight anew for `lanes` <=
+  // kSweptLanes of its rows, as hswq.kernels.sweep_codes defines. Value (k, lane) of slope, codes
+  // and steps lies at [k * stride + lane]; second is [columns, columns], scale [lanes].
+  void (*sweep_codes)(float* slope, uint8_t* codes, const float* second, size_t columns,
+                      size_t stride, size_t lanes, const float* scale, float* steps);
 
   // Writes rows first_row ... first_row + rows - 1 of the patches of x, rows <= kPackedRows, to a
   // panel; `values` is the place of the first of them in the panel's first strip.

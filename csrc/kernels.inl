@@ -30,6 +30,7 @@ constexpr Kernels MakeKernels(const char* isa) {
   kernels.moments = Moments;
   kernels.channel_abs_sum = ChannelAbsSum;
   kernels.round_compensated = RoundCompensated;
+  kernels.sweep_codes = SweepCodes;
   kernels.pack_gram = PackGram;
   kernels.add_gram = AddGram;
   return kernels;

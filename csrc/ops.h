@@ -86,6 +86,11 @@ void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t colu
                       const double* upper, const float* scale, const int64_t* order, size_t threads,
                       uint8_t* codes);
 
+// Chooses the codes [columns, lanes] anew, columns <= kSweptColumns, one column after the other;
+// slope [columns, lanes] follows, second is [columns, columns], scale [lanes], steps as codes.
+void SweepCodes(float* slope, uint8_t* codes, const float* second, size_t columns, size_t lanes,
+                const float* scale, size_t threads, float* steps);
+
 }  // namespace hswq
 
 #endif  // HSWQ_OPS_H_

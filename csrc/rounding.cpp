@@ -28,4 +28,15 @@ void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t colu
   });
 }
 
+void SweepCodes(float* slope, uint8_t* codes, const float* second, size_t columns, size_t lanes,
+                const float* scale, size_t threads, float* steps) {
+  const Kernels& kernels = ActiveKernels();
+  const size_t blocks = (lanes + kSweptLanes - 1) / kSweptLanes;
+  ParallelFor(blocks, threads, [&](size_t block, size_t) {
+    const size_t first = block * kSweptLanes;
+    kernels.sweep_codes(slope + first, codes + first, second, columns, lanes,
+                        std::min(kSweptLanes, lanes - first), scale + first, steps + first);
+  });
+}
+
 }  // namespace hswq

@@ -120,6 +120,51 @@ void RoundCompensated(DType dtype, const void* weights, size_t rows, size_t colu
   }
 }
 
+void SweepCodes(float* slope, uint8_t* codes, const float* second, size_t columns, size_t stride,
+                size_t lanes, const float* scale, float* steps) {
+  // Rows of the whole matrix may lie a power of two apart, where a cache holds few of them.
+  alignas(64) float slopes[kSweptColumns][kSweptLanes];
+  alignas(64) float step[kSweptLanes];
+  float scales[kSweptLanes];
+  for (size_t lane = 0; lane < kSweptLanes; ++lane)
+    scales[lane] = lane < lanes ? scale[lane] : 1.0f;
+  for (size_t k = 0; k < columns; ++k) {
+    for (size_t lane = 0; lane < kSweptLanes; ++lane) {
+      slopes[k][lane] = lane < lanes ? slope[k * stride + lane] : 0.0f;
+    }
+  }
+  for (size_t k = 0; k < columns; ++k) {
+    const float* __restrict row = second + k * columns;
+    uint8_t* __restrict code = codes + k * stride;
+    uint32_t chosen[kSweptLanes];
+    for (size_t lane = 0; lane < kSweptLanes; ++lane) {
+      chosen[lane] = lane < lanes ? code[lane] : 0;
+    }
+    for (size_t lane = 0; lane < kSweptLanes; ++lane) {
+      const float value = FloatOf(DecodeE4m3(chosen[lane])) * scales[lane];
+      const float best = value + slopes[k][lane] / row[k];
+      const uint32_t nearest = EncodeE4m3(BitsOf(best / scales[lane]));
+      const float other = FloatOf(DecodeE4m3(nearest)) * scales[lane];
+      const bool nearer = Magnitude(other - best) < Magnitude(value - best);
+      step[lane] = nearer ? other - value : 0.0f;
+      chosen[lane] = nearer ? nearest : chosen[lane];
+    }
+    for (size_t l = 0; l < columns; ++l) {
+      const float coefficient = row[l];
+      for (size_t lane = 0; lane < kSweptLanes; ++lane) {
+        slopes[l][lane] -= coefficient * step[lane];
+      }
+    }
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      code[lane] = static_cast<uint8_t>(chosen[lane]);
+      steps[k * stride + lane] = step[lane];
+    }
+  }
+  for (size_t k = 0; k < columns; ++k) {
+    for (size_t lane = 0; lane < lanes; ++lane) slope[k * stride + lane] = slopes[k][lane];
+  }
+}
+
 }  // namespace
 }  // namespace hswq
 

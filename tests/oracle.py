@@ -210,3 +210,23 @@ def round_compensated(
                 product = error * upper[k][later]
                 rest[later] = rest[later] - product
     return codes
+
+
+def sweep_codes(
+    slope: np.ndarray, codes: np.ndarray, second: np.ndarray, scale: list[np.float32]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, slopes and steps [B, O]; every operation on one np.float32 at a time."""
+    slope, codes, steps = slope.copy(), codes.copy(), np.zeros_like(slope)
+    with np.errstate(all="ignore"):
+        for lane in range(slope.shape[1]):
+            for k in range(len(slope)):
+                value = decode(int(codes[k, lane])) * scale[lane]
+                best = value + slope[k, lane] / second[k, k]
+                code = encode(best / scale[lane])
+                other = decode(code) * scale[lane]
+                if abs(other - best) < abs(value - best):
+                    codes[k, lane], steps[k, lane] = code, other - value
+                for column in range(len(slope)):
+                    product = second[k, column] * steps[k, lane]
+                    slope[column, lane] = slope[column, lane] - product
+    return codes, slope, steps

@@ -487,6 +487,57 @@ def round_compensated(
     return result
 
 
+def sweep_codes(
+    slope: Tensor,
+    codes: Tensor,
+    second: Tensor,
+    scale: float | Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Choose the codes of some columns anew, one after the other, for a quadratic error. Exact.
+
+    With d = w - q and slopes H d, sum_o d_o^T H d_o is a parabola of each q_k, least at
+    best = q_k + slope_k / H_kk. For k = 0 ... B - 1: code = encode(best / scale); its value v =
+    decode(code) * scale takes the place of q_k where |v - best| < |q_k - best|. Then slope_l -=
+    H_kl * step_k for all l of the block, step_k = v - q_k, or 0 where q_k stays. All in float32,
+    each operation rounded by itself (no fused multiply-add), the terms in the order of k. Where
+    best is NaN nothing changes.
+
+    Args:
+        slope: float32 [B, O], contiguous, B at most 64; changed in place. Rows are columns of the
+            weight.
+        codes: uint8 [B, O], contiguous; changed in place.
+        second: float32 [B, B], H of these columns, damped where it is to be. The diagonal is > 0.
+        scale: > 0; a number, float32 [] or one per column of codes.
+    Returns:
+        The steps, float32 [B, O]: slopes of columns outside the block fall by H^T steps.
+    Raises:
+        InputError: another dtype or shape, too many columns, or a tensor to change that is not
+            contiguous.
+    """
+    op = "sweep_codes"
+    contract.check_dtype(op, "slope", slope, (torch.float32,))
+    contract.check_dtype(op, "codes", codes, (torch.uint8,))
+    contract.check_dtype(op, "second", second, (torch.float32,))
+    contract.check_not_empty(op, "slope", slope)
+    device = contract.check_devices(op, slope=slope, codes=codes, second=second)
+    if slope.dim() != 2 or len(slope) > contract.MAX_SWEPT:
+        raise InputError(
+            f"{op}: slope has shape {list(slope.shape)}; [B, O] with B at most "
+            f"{contract.MAX_SWEPT} is needed."
+        )
+    why = f"slope {list(slope.shape)}"
+    contract.check_shape(op, "codes", codes, slope.shape, why)
+    contract.check_shape(op, "second", second, [len(slope)] * 2, why)
+    contract.check_contiguous(op, "slope", slope)
+    contract.check_contiguous(op, "codes", codes)
+    scale = contract.row_values(op, "scale", scale, slope.shape[1], device)
+    args = slope.detach(), codes, second.detach().contiguous(), scale
+    result: Tensor = _run(op, backend, device, *args)
+    return result
+
+
 def scaled_matmul(
     x: Tensor,
     codes: Tensor,

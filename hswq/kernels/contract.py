@@ -32,6 +32,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BINS = 1 << 20
 MAX_CANDIDATES = 100_000
 MAX_REFINEMENTS = 100
+# Columns that a call of sweep_codes takes: what kernels keep at hand.
+MAX_SWEPT = 64
 # Of strides, paddings and dilations, so that no size of an image overflows.
 MAX_STEP = 1 << 16
 CODES = (torch.uint8, torch.float8_e4m3fn)
@@ -64,6 +66,7 @@ CONTRACT = {
     "dequantize_e4m3": Op("codepoint value times scale", exact=True),
     "gram": Op("sum of x x^T for compensated rounding", exact=False),
     "round_compensated": Op("error-compensated rounding to codepoints", exact=True),
+    "sweep_codes": Op("codes of columns chosen anew for what the others have become", exact=True),
     "scaled_matmul": Op("linear layer on FP8 weights", exact=False),
     "scaled_conv2d": Op("convolution on FP8 weights", exact=False),
 }

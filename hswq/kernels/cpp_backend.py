@@ -242,6 +242,23 @@ def round_compensated(w: Tensor, upper: Tensor, scale: Tensor, order: Tensor) ->
     return codes
 
 
+def sweep_codes(slope: Tensor, codes: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+    columns, lanes = slope.shape
+    scale = scale.expand(lanes).contiguous()
+    steps = _empty(slope.shape, torch.float32)
+    _cpp.sweep_codes(
+        slope.data_ptr(),
+        codes.data_ptr(),
+        second.data_ptr(),
+        columns,
+        lanes,
+        scale.data_ptr(),
+        _threads(),
+        steps.data_ptr(),
+    )
+    return steps
+
+
 def scaled_matmul(
     x: Tensor,
     codes: Tensor,
@@ -448,6 +465,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
         dequantize_e4m3,
         gram,
         round_compensated,
+        sweep_codes,
         scaled_matmul,
         scaled_conv2d,
     )

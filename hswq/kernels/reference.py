@@ -385,6 +385,21 @@ def round_compensated(w: Tensor, upper: Tensor, scale: Tensor, order: Tensor) ->
     return codes.reshape(w.shape)
 
 
+def sweep_codes(slope: Tensor, codes: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+    steps = torch.empty_like(slope)
+    for k in range(len(slope)):
+        value = decode(codes[k]) * scale
+        best = value + slope[k] / second[k, k]
+        code = encode(best / scale)
+        other = decode(code) * scale
+        nearer = (other - best).abs() < (value - best).abs()
+        steps[k] = torch.where(nearer, other - value, 0.0)
+        codes[k] = torch.where(nearer, code, codes[k])
+        # Product and difference are separate operations, each rounded once.
+        slope -= second[k, :, None] * steps[k]
+    return steps
+
+
 def scaled_matmul(
     x: Tensor,
     codes: Tensor,
@@ -473,6 +488,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
         dequantize_e4m3,
         gram,
         round_compensated,
+        sweep_codes,
         scaled_matmul,
         scaled_conv2d,
     )

@@ -193,6 +193,17 @@ def _round_compensated() -> Iterator[Arguments]:
         yield w, upper, _normal(9).abs() + 1e-5, order
 
 
+def _sweep_codes() -> Iterator[Arguments]:
+    for columns, lanes in ((64, 80), (23, 45)):
+        second = _normal(columns, columns)
+        second = second @ second.mT + torch.eye(columns, dtype=torch.float32, device="cpu")
+        for scale in (_float(1e-4), _normal(lanes).abs() + 1e-3):
+            codes = reference.quantize_e4m3(_normal(columns, lanes), _float(448.0), _float(1.0))
+            # Values that the scale makes of codes, and slopes a few of their steps large.
+            slope = _normal(columns, lanes) * scale * second.diagonal()[:, None]
+            yield slope, codes, second, scale
+
+
 def _few_values(*shape: int) -> Tensor:
     """Return numbers from -2 to 2: FP8 matrix units hold their sums exactly too."""
     return _normal(*shape, sigma=2.0).round().clamp(-2, 2)
@@ -247,6 +258,7 @@ _CASES: Mapping[str, Callable[[], Iterator[Arguments]]] = {
         _dequantize_e4m3,
         _gram,
         _round_compensated,
+        _sweep_codes,
         _scaled_matmul,
         _scaled_conv2d,
     )

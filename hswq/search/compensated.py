@@ -12,10 +12,9 @@ from torch import Tensor
 
 from hswq import kernels
 from hswq.calibration import Gram
+from hswq.kernels.contract import MAX_SWEPT
 
 _LEAST_GAIN = 1e-3
-# Columns of a sweep that are brought up to date among themselves before all others are.
-_SWEPT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,34 +205,22 @@ def _swept(
     """
     order = block.order.to(exact.device)
     second = block.second.to(exact.device)
-    diagonal = second.diagonal() + block.added
-    # Saturation alone clips: what is rounded is no weight.
-    limit = torch.tensor(torch.finfo(torch.float32).max, device=exact.device, dtype=torch.float32)
-    factor = torch.tensor(scale, device=exact.device, dtype=torch.float32)
     # Columns of the weight as rows.
     chosen = codes[:, order].T.contiguous()
-    values = kernels.dequantize_e4m3(chosen, factor, backend=backend)
-    delta = exact[:, order].T - values
+    delta = exact[:, order].T - kernels.dequantize_e4m3(chosen, scale, backend=backend)
     with one_thread():
         slope = torch.addmm(block.added * delta, second, delta)
         for _ in range(sweeps):
             before = chosen.clone()
-            for start in range(0, len(chosen), _SWEPT):
-                part = slice(start, min(start + _SWEPT, len(chosen)))
-                near, steps = slope[part], torch.zeros_like(slope[part])
-                among = second[part, part]
-                for k in range(len(near)):
-                    best = values[start + k] + near[k] / diagonal[start + k]
-                    code = kernels.quantize_e4m3(best, limit, factor, backend=backend)
-                    value = kernels.dequantize_e4m3(code, factor, backend=backend)
-                    nearer = (value - best).abs() < (values[start + k] - best).abs()
-                    steps[k] = torch.where(nearer, value - values[start + k], 0.0)
-                    near.addr_(among[k], steps[k], alpha=-1.0)
-                    near[k] -= block.added * steps[k]
-                    values[start + k] = torch.where(nearer, value, values[start + k])
-                    chosen[start + k] = torch.where(nearer, code, chosen[start + k])
+            for start in range(0, len(chosen), MAX_SWEPT):
+                part = slice(start, start + MAX_SWEPT)
+                among = second[part, part].clone()
+                among.diagonal().add_(block.added)
+                steps = kernels.sweep_codes(
+                    slope[part], chosen[part], among, scale, backend=backend
+                )
                 for others in (slice(0, start), slice(part.stop, None)):
-                    slope[others] -= second[others, part] @ steps
+                    slope[others].addmm_(second[others, part], steps, alpha=-1.0)
             if torch.equal(before, chosen):
                 break
     swept = torch.empty_like(codes)

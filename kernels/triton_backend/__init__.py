@@ -53,6 +53,7 @@ else:
             quantize.dequantize_e4m3,
             gram.gram,
             rounding.round_compensated,
+            rounding.sweep_codes,
             matmul.scaled_matmul,
             matmul.scaled_conv2d,
         )

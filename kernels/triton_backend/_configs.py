@@ -153,6 +153,10 @@ SEARCH_UNSCALED = Config("unscaled", _SEARCH | {"SCALED": 0}, num_warps=8)
 # that a step of the loop has 8 products a thread for each pair of vectors it reads.
 ROUND_COMPENSATED = Config("rows", {"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4)
 
+# Sweeps. The columns of a call stay in registers, 16 values a thread; few lanes a program, so that
+# 640 rows make 20 programs.
+SWEEP_CODES = Config("lanes", {"BLOCK_B": 64, "BLOCK_O": 32}, num_warps=4)
+
 # Gram matrices. Tiles of 64 columns: a layer of 1,280 makes 210 programs, larger ones more. 8 warps
 # because the addresses of patches fill registers.
 _GRAM = {"BLOCK_T": 64, "PANEL": 1024}

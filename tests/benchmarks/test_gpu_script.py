@@ -29,7 +29,7 @@ def test_every_part_runs_small(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {row["op"] for row in rows} == {
         *("tests", "self_test", "quantize_e4m3", "dequantize_e4m3", "monitor"),
-        *("weighted_histogram", "search", "gram", "round_compensated", "observe"),
+        *("weighted_histogram", "search", "gram", "round_compensated", "sweep_codes", "observe"),
         *("scaled_matmul", "scaled_conv2d", "step"),
     }
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before

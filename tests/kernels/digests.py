@@ -93,6 +93,7 @@ def exact(backend: str) -> Digests:
         )
         found.update(search(dtype, seed, backend))
         found.update(rounded_rows(dtype, seed, backend))
+        found.update(swept_codes(seed, backend))
     return found
 
 
@@ -133,6 +134,23 @@ def rounded_rows(dtype: torch.dtype, seed: int, backend: str) -> Digests:
         )
         for kind, scale in zip(("one scale", "scales by rows"), scales, strict=True)
     }
+
+
+def swept_codes(seed: int, backend: str) -> Digests:
+    """Sweep over blocks of several sizes, cut at odd places."""
+    found = {}
+    for columns, lanes in ((64, 333), (37, 128)):
+        second = normal(columns, columns, sigma=0.3, seed=seed)
+        second = second + second.mT
+        second.diagonal().copy_(torch.linspace(0.7, 1.9, columns))
+        scale = torch.rand(lanes, generator=generator(seed)) * 1e-3 + 1e-4
+        codes = kernels.quantize_e4m3(
+            normal(columns, lanes, seed=seed + 1), 448.0, 1.0, backend=backend
+        )
+        slope = normal(columns, lanes, seed=seed + 2) * scale
+        steps = kernels.sweep_codes(slope, codes, second, scale, backend=backend)
+        found[f"sweep_codes {columns}x{lanes}, {seed}"] = sha(codes, slope, steps)
+    return found
 
 
 def sums(backend: str) -> Digests:

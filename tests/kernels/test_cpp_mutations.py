@@ -451,6 +451,20 @@ MUTATIONS = [
             "round_compensated",
         ),
         (
+            "the last columns of a block get no steps",
+            "rounding.inl",
+            "for (size_t l = 0; l < columns; ++l) {",
+            "for (size_t l = 0; l < columns / 4 * 4; ++l) {",
+            "sweep_codes",
+        ),
+        (
+            "equally near codes move",
+            "rounding.inl",
+            "Magnitude(other - best) < Magnitude(value - best)",
+            "Magnitude(other - best) <= Magnitude(value - best)",
+            "sweep_codes",
+        ),
+        (
             "a caller's flushing of subnormals reaches the kernels",
             "parallel.h",
             "std::fesetenv(FE_DFL_ENV);",

@@ -43,6 +43,11 @@ def answers(name: str) -> dict[str, Tensor]:
     found["round"] = kernels.round_compensated(
         w, INPUTS["upper"], 0.05 / 448, INPUTS["order"], backend=name
     )
+    found["slope"], found["swept"] = INPUTS["slope"].clone(), CODES[: 16 * 640].reshape(16, 640)
+    found["swept"] = found["swept"].clone()
+    found["steps"] = kernels.sweep_codes(
+        found["slope"], found["swept"], INPUTS["second"], 0.05, backend=name
+    )
     for dtype in (torch.float32, torch.bfloat16):
         found[f"matmul {dtype}"] = kernels.scaled_matmul(
             x.to(dtype), CODES.reshape(7500, 640), 0.01, backend=name
@@ -60,6 +65,8 @@ INPUTS = {
     "upper": torch.eye(16, dtype=torch.float64),
     "order": torch.arange(16),
     "image": normal(1, 8, 6, 6),
+    "slope": normal(16, 640),
+    "second": torch.eye(16) + 0.01,
 }
 
 

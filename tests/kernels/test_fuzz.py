@@ -357,6 +357,30 @@ def test_compensated_codes_equal_the_reference(case: tuple[Any, ...]) -> None:
 
 
 @st.composite
+def sweeps(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+    columns, lanes = draw(st.sampled_from((1, 2, 31, 64))), draw(st.sampled_from((1, 2, 65, 130)))
+    random = generator(draw(SEEDS))
+    size = draw(st.sampled_from((1e-6, 1.0, 1e3, 1e30)))
+    slope = torch.randn(columns, lanes, generator=random) * size
+    codes = torch.randint(0, 256, (columns, lanes), generator=random).to(torch.uint8)
+    second = torch.randn(columns, columns, generator=random)
+    second.diagonal().abs_().add_(draw(st.sampled_from((1e-3, 1.0, 10.0))))
+    return slope, codes, second, draw(row_values(lanes, zero=False))
+
+
+@fuzz(sweeps())
+def test_swept_codes_equal_the_reference(case: tuple[Any, ...]) -> None:
+    """Codes of NaN among them, and slopes that overflow."""
+    slope, codes, second, scale = case
+    found = []
+    for name in ("reference", "cpp"):
+        given = slope.clone(), codes.clone()
+        steps = kernels.sweep_codes(*given, second, scale, backend=name)
+        found.append((given[1], given[0].nan_to_num(3.0), steps.nan_to_num(3.0)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@st.composite
 def gram_inputs(draw: st.DrawFn) -> tuple[Tensor, torch.dtype, int, dict[str, Any]]:
     dtype, seed = draw(st.sampled_from(DTYPES)), draw(SEEDS)
     kind = draw(FINITE_KINDS)
@@ -447,6 +471,7 @@ HOSTILE = st.one_of(
     ),
     st.tuples(st.just("gram"), odd_tensors(), odd_tensors()),
     st.tuples(st.just("round_compensated"), odd_tensors(), odd_tensors(), ODD, odd_tensors()),
+    st.tuples(st.just("sweep_codes"), odd_tensors(), odd_tensors(), odd_tensors(), ODD),
     st.tuples(
         st.just("monitor"),
         odd_tensors(),

@@ -28,6 +28,7 @@ from tests.kernels import (
     test_scaled_conv2d,
     test_scaled_matmul,
     test_search_amax,
+    test_sweep_codes,
     test_weighted_histogram,
 )
 
@@ -222,6 +223,37 @@ def compensated_with_fma(w: Tensor, upper: Tensor, scale: Tensor, order: Tensor)
 
 def compensated_in_float32(w: Tensor, upper: Tensor, scale: Tensor, order: Tensor) -> Tensor:
     return reference.round_compensated(w, upper.float().double(), scale, order)
+
+
+def swept_with_fma(slope: Tensor, codes: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+    """Keep the product's low bits in the subtraction, as a fused multiply-add does."""
+    steps = torch.empty_like(slope)
+    for k in range(len(slope)):
+        own, row = slope[k : k + 1].clone(), codes[k : k + 1]
+        steps[k] = reference.sweep_codes(own, row, second[k : k + 1, k : k + 1], scale)
+        left = slope.double() - second[k, :, None].double() * steps[k].double()
+        slope.copy_(left.float())
+    return steps
+
+
+def swept_backwards(slope: Tensor, codes: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+    flipped = slope.flip(0), codes.flip(0)
+    steps = reference.sweep_codes(*flipped, second.flip((0, 1)).contiguous(), scale)
+    slope.copy_(flipped[0].flip(0))
+    codes.copy_(flipped[1].flip(0))
+    return steps.flip(0)
+
+
+def swept_to_equally_near_codes(
+    slope: Tensor, codes: Tensor, second: Tensor, scale: Tensor
+) -> Tensor:
+    steps = torch.empty_like(slope)
+    for k in range(len(slope)):
+        value = decode(codes[k]) * scale
+        codes[k] = encode((value + slope[k] / second[k, k]) / scale)
+        steps[k] = decode(codes[k]) * scale - value
+        slope -= second[k, :, None] * steps[k]
+    return steps
 
 
 def layer_with(kernel: Kernel, mistake: str) -> Kernel:
@@ -437,6 +469,21 @@ MUTANTS: list[tuple[str, Kernel, Check]] = [
         "round_compensated",
         compensated_in_float32,
         test_round_compensated.test_product_and_difference_are_rounded_separately,
+    ),
+    (
+        "sweep_codes",
+        swept_with_fma,
+        test_sweep_codes.test_product_and_difference_are_rounded_separately,
+    ),
+    (
+        "sweep_codes",
+        swept_backwards,
+        test_sweep_codes.test_terms_are_subtracted_in_the_order_of_columns,
+    ),
+    (
+        "sweep_codes",
+        swept_to_equally_near_codes,
+        test_sweep_codes.test_equally_near_codes_stay,
     ),
     *(
         (

@@ -28,6 +28,7 @@ EXACT = {
     "finish_histogram_kernel": {"f32", "f64"},
     "search_amax_kernel": {"f64"},
     "round_compensated_kernel": {"f32", "f64"},
+    "sweep_codes_kernel": {"f32"},
 }
 INEXACT = r"\.ftz|\bfma\.|\bmad\.\S*f\d\d|div\.(?:full|approx)\S*|e4m3x2"
 # Kernels that the memory's speed limits, and the argument that tells the aligned launches.
