@@ -8,8 +8,9 @@
 forward a unit.
 `compensate` gathers, factorizes and rounds one layer of each shape, on inputs (patches of images
 for convolutions) that are correlated as an autoregressive process, and adds up: a call's Gram
-matrices, all factors, all roundings. Layers with shared inputs share matrix and factors. Factors
-take one thread each, several at a time in a calibration.
+matrices, all factors, all roundings, without sweeps and with them. Layers with shared inputs share
+matrix and factors. Factors take one thread each, several at a time in a calibration; calls under
+classifier-free guidance give half as many rows again.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from benchmarks.record import record
 from benchmarks.timing import add_run_options, start_run, time_once
 from hswq.calibration import Gram, Impact, gram_groups, gram_layers
 from hswq.calibration.gram import ROWS_PER_CALL, GramLayer
+from hswq.config import PRESETS
 from hswq.formats.e4m3 import E4M3_MAX
 from hswq.plan import measure_impact
 from hswq.plan.impact import impact_options
 from hswq.search.compensated import Factors, round_weight
 
 # Correlation of neighbouring columns: activations of real models are far from independent.
+SWEEPS = PRESETS["best"]["sweeps"]
 _CORRELATION = 0.9
 
 
@@ -116,8 +119,8 @@ def time_compensate(options: argparse.Namespace, run: dict[str, Any]) -> None:
     watched = gram_layers(unet, shared_inputs(unet))
     pool = Pool(noise(torch.float32, options.seed))
     costs: dict[int, tuple[float, float]] = {}
-    rounding: dict[tuple[int, ...], float] = {}
-    totals = {"gram": 0.0, "factors": 0.0, "round": 0.0}
+    rounding: dict[tuple[int, ...], tuple[float, float]] = {}
+    totals = {"gram": 0.0, "factors": 0.0, "round": 0.0, "swept": 0.0}
     for layer in watched:
         if layer.columns not in costs or any(
             shapes[name] not in rounding for name in layer.sharing
@@ -127,7 +130,9 @@ def time_compensate(options: argparse.Namespace, run: dict[str, Any]) -> None:
             rounding |= {shape: s for shape, s in measured[1].items() if shape not in rounding}
         totals["gram"] += costs[layer.columns][0]
         totals["factors"] += costs[layer.columns][1]
-        totals["round"] += sum(rounding[shapes[name]] for name in layer.sharing)
+        for name in layer.sharing:
+            totals["round"] += rounding[shapes[name]][0]
+            totals["swept"] += rounding[shapes[name]][1]
     gram_bytes = sum(layer.nbytes for layer in watched)
     record(
         {
@@ -142,6 +147,8 @@ def time_compensate(options: argparse.Namespace, run: dict[str, Any]) -> None:
             "gram_seconds_per_call": round(totals["gram"], 1),
             "factor_thread_seconds": round(totals["factors"], 1),
             "round_thread_seconds": round(totals["round"], 1),
+            "round_and_sweep_thread_seconds": round(totals["swept"], 1),
+            "sweeps": SWEEPS,
             "largest": {
                 str(columns): [round(gram, 3), round(factors, 3)]
                 for columns, (gram, factors) in sorted(costs.items())[-3:]
@@ -176,7 +183,7 @@ def shared_inputs(unet: nn.Module) -> dict[str, str]:
 
 def _measure(
     layer: GramLayer, shapes: list[tuple[int, ...]], pool: Pool, seed: int
-) -> tuple[tuple[float, float], dict[tuple[int, ...], float]]:
+) -> tuple[tuple[float, float], dict[tuple[int, ...], tuple[float, float]]]:
     width = layer.columns // layer.blocks
     matrix = torch.zeros(layer.blocks, width, width)
     kernel = shapes[0][2:]
@@ -198,7 +205,11 @@ def _measure(
     found = {}
     for shape in dict.fromkeys(shapes):
         weight = pool.take(shape).half()
-        found[shape], _ = seconds_of(lambda w=weight: round_weight(w, factors, E4M3_MAX, 1.0))
+        plain, swept = (
+            seconds_of(lambda n=n, w=weight: round_weight(w, factors, E4M3_MAX, 1.0, sweeps=n))[0]
+            for n in (0, SWEEPS)
+        )
+        found[shape] = plain, swept
     torch.set_num_threads(before)
     return (gathering, factorizing), found
 

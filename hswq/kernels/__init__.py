@@ -48,6 +48,7 @@ __all__ = [
     "scaled_conv2d",
     "scaled_matmul",
     "search_amax",
+    "sweep_codes",
     "tree_sum",
     "weighted_histogram",
 ]

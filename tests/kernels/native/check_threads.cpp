@@ -159,6 +159,25 @@ Bytes Multiply(DType dtype, const Bytes& elements, bool convolution, size_t thre
   hswq::RoundCompensated(dtype, elements.data(), kRoundedRows, kColumns, factor.data(),
                          scale.data(), order.data(), threads, codes.data());
   Append(&result, codes);
+
+  // The same codes, as columns of as many rows as give several blocks of lanes.
+  constexpr size_t kSwept = 64;
+  const size_t lanes = codes.size() / kSwept;
+  std::vector<float> second(kSwept * kSwept);
+  for (size_t k = 0; k < kSwept; ++k) {
+    for (size_t l = 0; l < kSwept; ++l) {
+      second[k * kSwept + l] = k == l ? 2.0f : static_cast<float>((k * 5 + l) % 11) * 0x1p-6f;
+    }
+  }
+  std::vector<float> slope(kSwept * lanes);
+  for (size_t k = 0; k < slope.size(); ++k) slope[k] = static_cast<float>(k % 17) * 0x1p-9f;
+  std::vector<float> scales(lanes, 0.37e-2f);
+  std::vector<float> steps(slope.size());
+  hswq::SweepCodes(slope.data(), codes.data(), second.data(), kSwept, lanes, scales.data(), threads,
+                   steps.data());
+  Append(&result, codes);
+  Append(&result, slope);
+  Append(&result, steps);
   return result;
 }
 
