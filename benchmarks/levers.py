@@ -39,8 +39,8 @@ from hswq.plan import measure_impact
 from hswq.plan.impact import impact_options
 from hswq.search.compensated import Factors, round_weight
 
-# Correlation of neighbouring columns: activations of real models are far from independent.
 SWEEPS = PRESETS["best"]["sweeps"]
+# Correlation of neighbouring columns: activations of real models are far from independent.
 _CORRELATION = 0.9
 
 

@@ -248,13 +248,19 @@ def measure_noise(options: argparse.Namespace) -> None:
 
 
 def perturbed(denoiser: Any) -> Any:
-    """Return a copy whose Linear and Conv2d weights are w (1 + u), u even in +-NOISE."""
+    """Return a copy whose Linear and Conv2d weights are w (1 + u), u even in +-NOISE.
+
+    Raises:
+        ValueError: a weight is 16-bit, which most of these changes are too small for.
+    """
     other = copy.deepcopy(denoiser)
     generator = torch.Generator().manual_seed(0)
     for part in other.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
+            if part.weight.dtype != torch.float32:
+                raise ValueError(f"--noise needs float32 weights; one is {part.weight.dtype}.")
             change = torch.rand(part.weight.shape, generator=generator).mul_(2.0).sub_(1.0)
-            part.weight.data.mul_(change.mul_(NOISE).add_(1.0))
+            part.weight.data.mul_(change.mul_(NOISE).add_(1.0).to(part.weight.device))
     return other
 
 
@@ -310,7 +316,7 @@ def latest_rows(model: str, **painted: int) -> dict[tuple[str, str, float], dict
 
     Args:
         model: one of MODELS.
-        painted: prompts and seeds, if others than PAINTED.
+        painted: prompts, seeds and steps, if others than those of the tables.
     """
     wanted = {"model": model, "steps": MODELS[model], **CALIBRATION, **PAINTED, **painted}
     return {
@@ -388,12 +394,12 @@ def variations() -> str:
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in recorded_rows():
         if "varied" in row:
-            names = ("model", "kind", "lever", "keep_bytes", "prompts", "seeds")
+            names = ("model", "kind", "lever", "keep_bytes", "prompts", "seeds", "steps")
             text = ", ".join(f"{name} {value}" for name, value in row["varied"].items())
             groups.setdefault(tuple(row[name] for name in names), {})[text] = row
-    for (model, kind, lever, share, prompts, seeds), rows in sorted(groups.items()):
-        known = latest_rows(model, prompts=prompts, seeds=seeds)
-        images = f"{prompts} x {seeds}"
+    for (model, kind, lever, share, prompts, seeds, steps), rows in sorted(groups.items()):
+        known = latest_rows(model, prompts=prompts, seeds=seeds, steps=steps)
+        images = f"{prompts} x {seeds}, {steps} steps"
         default = error(variant(known, kind, lever, share))
         lines.append(f"| {model}, {kind}, {lever}, {share:.1%} | {images} | - | {default} |")
         lines += [f"| | | {text} | {error(rows[text])} |" for text in sorted(rows)]
@@ -403,7 +409,13 @@ def variations() -> str:
 def noises() -> str:
     """Return what each model's images move by when its weights change at random."""
     lines = ["| weights changed by 2^-12 at most | latent MSE | median |", "|---|---|---|"]
-    rows = {row["model"]: row for row in recorded_rows() if row["lever"] == "noise"}
+    rows = {
+        row["model"]: row
+        for row in recorded_rows()
+        if row["lever"] == "noise"
+        and {"steps": MODELS[row["model"]], "relative_change": NOISE, **PAINTED}.items()
+        <= row.items()
+    }
     for model in MODELS:
         if (row := rows.get(model)) is not None:
             lines.append(f"| {model} | {error(row)} | {row['latent_mse_median']:.1e} |")
@@ -414,6 +426,8 @@ def plot(path: Path) -> None:
     """Draw latent error against file size: a panel for each model and kind, a line a lever."""
     found = {model: latest_rows(model) for model in MODELS}
     found = {model: rows for model, rows in found.items() if rows}
+    if not found:
+        raise SystemExit(f"nothing to draw: {RESULTS} holds no rows of {CALIBRATION | PAINTED}.")
     figure, panels = pyplot().subplots(
         len(KINDS),
         len(found),

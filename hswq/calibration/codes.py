@@ -104,7 +104,8 @@ class Codes:
                 for key in ("settings", "options", "units")
             }
             self.settings: dict[str, Any] = stored["settings"]
-            self.options: dict[str, Any] = stored["options"]
+            # Files from before there were sweeps do not tell of them.
+            self.options: dict[str, Any] = {"sweeps": 0, **stored["options"]}
             self.units = {key: UnitCodes(**entry) for key, entry in stored["units"].items()}
         except (LookupError, TypeError, ValueError) as error:
             self._file.close()

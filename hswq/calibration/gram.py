@@ -174,9 +174,12 @@ class _Watch:
             self._add(module, x, phase, ROWS_PER_CALL, 1.0)
             batched = x.dim() == 4 if isinstance(module, nn.Conv2d) else x.dim() > 1
             if self._guidance is not None and batched and len(x) % 2 == 0:
-                without, given = x.float().chunk(2)
-                guided = without + self._guidance * (given - without)
-                self._add(module, guided, phase, ROWS_PER_CALL // 2, GUIDED_WEIGHT)
+                limit = ROWS_PER_CALL // 2
+                without, given = x.chunk(2)
+                if isinstance(module, nn.Linear):
+                    without, given = (_spread(half, phase, limit) for half in (without, given))
+                guided = without.float() + self._guidance * (given.float() - without.float())
+                self._add(module, guided, phase, limit, GUIDED_WEIGHT)
 
     def _add(self, module: nn.Module, x: Tensor, phase: float, limit: int, weight: float) -> None:
         """Add at most `limit` rows."""
@@ -185,12 +188,11 @@ class _Watch:
         if isinstance(module, nn.Conv2d):
             added, total = self._add_images(module, x, phase, limit)
         else:
-            rows = x.reshape(-1, x.shape[-1])
-            step = math.ceil(len(rows) / limit)
-            rows = rows[int(phase * step) :: step]
+            rows = _spread(x, phase, limit)
             added = kernels.gram(rows, self._matrix, backend=self._backend)
             total = rows.double().sum(0)
-        self._rows += added * weight
+        # An integer's product with a number would have torch's default dtype.
+        self._rows += added.double() * weight
         total *= math.sqrt(weight)
         self._total += torch.where(added > 0, total, torch.zeros_like(total))
 
@@ -227,6 +229,13 @@ class _Watch:
 
     def gram(self) -> Gram:
         return Gram(self._matrix, self._total.cpu(), float(self._rows))
+
+
+def _spread(x: Tensor, phase: float, limit: int) -> Tensor:
+    """Return at most `limit` rows of [..., C], as [R, C], evenly spread."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = math.ceil(len(rows) / limit)
+    return rows[int(phase * step) :: step]
 
 
 def _patch_sums(

@@ -1,4 +1,4 @@
-"""The contract of kernels: twelve ops that every backend implements under these names.
+"""The contract of kernels: thirteen ops that every backend implements under these names.
 
 The docstrings here are normative. Exact ops give the same bits on every backend, instruction set
 and number of threads; the others are sums within the bound stated, whose order a backend may choose

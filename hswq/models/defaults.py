@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+
+_lock = threading.Lock()
+_inside = 0
+_before = torch.float32
 
 
 @contextmanager
@@ -13,15 +18,23 @@ def plain_defaults() -> Iterator[None]:
     """Let tensors be float32 and on the CPU inside the block where nothing else is said.
 
     Scripts that load models often change both; pipelines, and what is built here, rely on them.
-    Also a decorator.
+    The default dtype is the whole process's: other threads see float32 as long as one is inside,
+    and the last to leave gives back what the first has found. Also a decorator.
     """
-    dtype = torch.get_default_dtype()
+    global _inside, _before
     with ExitStack() as opened:
         # A device that is entered costs a little at every call of torch.
         if torch.get_default_device().type != "cpu":
             opened.enter_context(torch.device("cpu"))
-        torch.set_default_dtype(torch.float32)
+        with _lock:
+            if _inside == 0:
+                _before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            _inside += 1
         try:
             yield
         finally:
-            torch.set_default_dtype(dtype)
+            with _lock:
+                _inside -= 1
+                if _inside == 0:
+                    torch.set_default_dtype(_before)

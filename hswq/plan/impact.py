@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -101,10 +102,10 @@ def measure_impact(
             rounding is asked for and no Gram matrices were gathered, or the module was loaded in
             inference mode.
     """
-    if any(parameter.is_inference() for parameter in module.parameters()):
+    if any(value.is_inference() for value in chain(module.parameters(), module.buffers())):
         raise InputError(
-            f"the weights of {type(module).__name__} are tensors of torch.inference_mode(), whose "
-            "changes torch does not follow: load the module outside that mode."
+            f"{type(module).__name__} holds tensors of torch.inference_mode(), whose changes torch "
+            "does not follow: load and convert the module outside that mode."
         )
     if not calibration.records:
         raise InputError(
@@ -200,7 +201,8 @@ def check_impact(calibration: Calibration, config: CalibrationConfig) -> None:
             f"the statistics hold {found}: run `calibrate --sensitivity impact` (again, with the "
             "same options, to go on with an unfinished one)."
         )
-    options = impact_options(config)
+    # Earlier measurements told of fewer options.
+    options = {name: impact_options(config).get(name) for name in impact.options}
     if impact.options != options:
         logger.warning(
             "the impact was measured with %s, and this plan is made with %s: the ranking is a "

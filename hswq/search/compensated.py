@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -151,7 +151,22 @@ def round_weight(
     Source: Frantar et al., GPTQ, arXiv:2210.17323, on the E4M3 codepoints; the sweeps are
     coordinate descent, as in Nair and Suggala, CDQuant, arXiv:2406.17542.
     """
-    weight = weight.detach()
+    with ExitStack() as modes:
+        # A caller's would make the products 16-bit.
+        for device in {weight.device.type, factors.device.type}:
+            modes.enter_context(torch.autocast(device, enabled=False))
+        return _rounded(weight.detach(), factors, amax, scale, sweeps, compensate, backend)
+
+
+def _rounded(
+    weight: Tensor,
+    factors: Factors,
+    amax: float,
+    scale: float,
+    sweeps: int,
+    compensate: bool,
+    backend: str | None,
+) -> Rounded:
     exact = weight.float().flatten(1)
     nearest = kernels.quantize_e4m3(weight, amax, scale, backend=backend)
     best, delta = nearest, exact - _values(nearest, scale, backend)

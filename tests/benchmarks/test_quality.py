@@ -181,7 +181,7 @@ def test_variations_stand_below_the_default_of_equal_images(tmp_path: Path, monk
     record_rows(tmp_path, monkeypatch, *rows)
     lines = quality.variations().splitlines()[2:]
     assert len(lines) == 2 * len(quality.LEVERS)
-    assert all("32 x 1 | - | 6.0e-04" in line for line in lines[::2])
+    assert all("32 x 1, 25 steps | - | 6.0e-04" in line for line in lines[::2])
     assert all("samples 8 | 7.0e-04" in line for line in lines[1::2])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 import hswq
 from hswq.loader import dequantize_module
+from hswq.models.defaults import plain_defaults
 
 BEST = {"sensitivity": "impact", "rounding": "compensated", "bias_correction": True}
 CONFIG = hswq.QuantizeConfig(
@@ -32,6 +34,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 # On 'meta' nothing that was made without saying where can be read.
 DEFAULTS = {
     "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: torch.device("meta"),
 }
@@ -72,7 +75,8 @@ def quantized(module: nn.Module, x: torch.Tensor, folder: Path) -> dict[str, tor
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_loop_of_ones_own(name: str, tmp_path: Path) -> None:
     module = model()
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    # More patches of a call than bfloat16 counts: 257 are 256 there.
+    x = torch.randn(29, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = quantized(module, x, tmp_path)
     with DEFAULTS[name]():
         found = quantized(module, x, tmp_path)
@@ -81,3 +85,25 @@ def test_loop_of_ones_own(name: str, tmp_path: Path) -> None:
     for key, value in expected.items():
         assert value.dtype == found[key].dtype, key
         assert torch.equal(value, found[key]), key
+
+
+def test_threads_that_overlap_give_back_what_the_first_found() -> None:
+    """The default dtype is the process's: the second to enter would take ours for the caller's."""
+    entered, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with plain_defaults():
+            entered.wait(60)
+        left.set()
+
+    with default_dtype(torch.float64):
+        thread = threading.Thread(target=first)
+        thread.start()
+        while torch.get_default_dtype() != torch.float32:
+            assert thread.is_alive()
+        with plain_defaults():
+            entered.set()
+            assert left.wait(60)
+            assert torch.get_default_dtype() == torch.float32
+        thread.join()
+        assert torch.get_default_dtype() == torch.float64

@@ -352,6 +352,10 @@ def test_inference_mode_is_no_obstacle(module):
         born_there = Denoiser()
     with pytest.raises(InputError, match=r"Denoiser.*inference_mode.*outside"):
         calibration.measure_impact(born_there, hswq.QuantizeConfig())
+    with torch.inference_mode():
+        module.register_buffer("table", torch.ones(3))
+    with pytest.raises(InputError, match=r"Denoiser.*inference_mode.*outside"):
+        calibration.measure_impact(module, hswq.QuantizeConfig())
 
 
 def test_impact_of_other_codes_is_measured_anew(module, caplog):

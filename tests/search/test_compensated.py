@@ -236,3 +236,14 @@ def test_swept_codes_do_not_depend_on_backend_and_threads(backend: Backend):
         found.append(rounded.codes)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_autocast_changes_no_code_and_no_figure():
+    """Pipelines run in it; 16-bit slopes would choose other codes."""
+    factors, w = Factors(gram_of(inputs()), False, 0.01), weight().half()
+    expected = round_weight(w, factors, 448.0, 1.0, sweeps=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = round_weight(w, factors, 448.0, 1.0, sweeps=4)
+    assert torch.equal(found.codes, expected.codes)
+    assert (found.error, found.power) == (expected.error, expected.power)
+    assert torch.equal(found.shift, expected.shift)
