@@ -389,7 +389,10 @@ def table(model: str) -> str:
 
 
 def variations() -> str:
-    """Return the rows of calibrations that were varied, below the default's of equal images."""
+    """Return the rows of calibrations that were varied, below the default's of equal images.
+
+    Without a default's row there is nothing to compare them with.
+    """
     lines = ["| model, kind, lever, kept | images | varied | latent MSE |", "|---|---|---|---|"]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in recorded_rows():
@@ -399,9 +402,10 @@ def variations() -> str:
             groups.setdefault(tuple(row[name] for name in names), {})[text] = row
     for (model, kind, lever, share, prompts, seeds, steps), rows in sorted(groups.items()):
         known = latest_rows(model, prompts=prompts, seeds=seeds, steps=steps)
+        if (default := variant(known, kind, lever, share)) is None:
+            continue
         images = f"{prompts} x {seeds}, {steps} steps"
-        default = error(variant(known, kind, lever, share))
-        lines.append(f"| {model}, {kind}, {lever}, {share:.1%} | {images} | - | {default} |")
+        lines.append(f"| {model}, {kind}, {lever}, {share:.1%} | {images} | - | {error(default)} |")
         lines += [f"| | | {text} | {error(rows[text])} |" for text in sorted(rows)]
     return "\n".join(lines)
 

@@ -246,10 +246,10 @@ def test_gram_groups_are_halved_where_memory_ends(
     """Another program takes memory meanwhile: more sampling runs, and the same codes."""
     gather = compensate.gather_grams
 
-    def limited(module: object, layers: list[object], backend: str | None) -> object:
+    def limited(module: object, layers: list[object], *rest: object, **options: object) -> object:
         if len(layers) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return gather(module, layers, backend)
+        return gather(module, layers, *rest, **options)
 
     monkeypatch.setattr(compensate, "gather_grams", limited)
     config = tiny_calibration_config(tiny.pipeline, **{**BEST, "gram_memory": "1GB"})
