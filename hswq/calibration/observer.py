@@ -31,6 +31,7 @@ def observe(
     input_max: bool = False,
     record: int = 0,
     gram: bool = False,
+    guidance: float | None = None,
 ) -> Iterator[Calibration]:
     """Watch every nn.Linear and nn.Conv2d of a module while the caller runs it.
 
@@ -52,6 +53,9 @@ def observe(
             copied to the CPU.
         gram: gather the Gram matrices of the layers' inputs too, for compensated rounding:
             4 n^2 bytes for a weight of n columns, n^2 / blocks beyond 8192. Not inside CUDA graphs.
+        guidance: scale of classifier-free guidance, where the first half of every batch is the one
+            without prompt, as in diffusers' SDXL pipelines: the Gram matrices then count the
+            combined inputs too, see `hswq.calibration.gather_grams`.
     Yields:
         A calibration that is empty inside the block and filled when it ends without an error.
         The hooks are removed in any case.
@@ -60,7 +64,8 @@ def observe(
             than a tensor.
     """
     recorder = Recorder(record) if record else None
-    with watch(module, backend, input_max=input_max, recorder=recorder, gram=gram) as calibration:
+    options: dict[str, Any] = {"input_max": input_max, "gram": gram, "guidance": guidance}
+    with watch(module, backend, recorder=recorder, **options) as calibration:
         yield calibration
     warn_of_gaps(calibration)
 
@@ -73,6 +78,7 @@ def watch(
     input_max: bool = False,
     recorder: Recorder | None = None,
     gram: bool = False,
+    guidance: float | None = None,
 ) -> Iterator[Calibration]:
     """Do what `observe` does, with a recorder that the caller may direct, and warn of nothing."""
     shared = _SharedInputs()
@@ -91,9 +97,10 @@ def watch(
         hooks.callback(shared.forget)
         if recorder is not None:
             hooks.callback(recorder.attach(module).remove)
-        grams: dict[str, Gram] = (
-            hooks.enter_context(gather_grams(module, gram_layers(module), backend)) if gram else {}
-        )
+        grams: dict[str, Gram] = {}
+        if gram:
+            gathered = gather_grams(module, gram_layers(module), backend, guidance=guidance)
+            grams = hooks.enter_context(gathered)
         for monitor in monitors:
             hooks.callback(monitor.attach().remove)
         # Nor do two captured forwards share what they know of an input that outlives them.

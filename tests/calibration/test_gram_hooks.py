@@ -185,6 +185,10 @@ def test_guided_combinations_count_beside_the_rows(layer):
     weights[-len(parts[1]) :] = gram_module.GUIDED_WEIGHT
     gram = grams[""]
     assert gram.rows == pytest.approx(float(weights.sum()))
+    with torch.no_grad(), hswq.observe(layer, gram=True, guidance=5.0) as calibration:
+        layer(x)
+        layer(x[:1])
+    assert torch.equal(calibration.grams[""].matrix, gram.matrix)
     expected = (weights * rows).T @ rows
     assert torch.allclose(gram.matrix[0].double(), expected, rtol=1e-5, atol=1e-3)
     assert torch.allclose(gram.total, (weights * rows).sum(0), rtol=1e-5, atol=1e-4)

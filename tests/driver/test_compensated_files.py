@@ -10,7 +10,7 @@ import torch
 
 import hswq
 from hswq.calibration import Calibration, Codes
-from hswq.driver import plan_checkpoint
+from hswq.driver import compensate, plan_checkpoint
 from hswq.driver.compensate import bias_key, gram_memory
 from hswq.errors import FormatError, InputError, OptionError
 from hswq.fast.__main__ import main
@@ -44,6 +44,24 @@ def test_gram_matrices_leave_room_on_a_gpu(monkeypatch):
     assert gram_memory(8_000, torch.device("cuda:0")) == 3_000
     assert gram_memory(2_000, torch.device("cuda:0")) == 2_000
     assert gram_memory(8_000, torch.device("cpu")) == 8_000
+
+
+@pytest.mark.parametrize(("guidance", "expected"), [(None, 5.0), (7.5, 7.5), (1.0, None)])
+def test_gram_matrices_count_what_guidance_combines(
+    tiny, tmp_path, monkeypatch, guidance, expected
+):
+    """The sampler's own scale, and none where it does not run the halves."""
+    seen = []
+
+    def gather(*arguments, **options):
+        seen.append(options["guidance"])
+        raise InterruptedError
+
+    monkeypatch.setattr(compensate, "gather_grams", gather)
+    config = tiny_calibration_config(tiny.pipeline, **COMPENSATED, guidance=guidance)
+    with pytest.raises(InterruptedError):
+        hswq.calibrate_checkpoint(tiny.checkpoint, config, tmp_path / "s.safetensors")
+    assert seen == [expected]
 
 
 def test_groups_do_not_change_the_codes(tiny, statistics, tmp_path):
