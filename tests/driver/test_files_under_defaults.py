@@ -11,7 +11,7 @@ import torch
 import hswq
 from hswq.driver import bench_files, compare_files
 from tests.driver.test_bench import config as bench_config
-from tests.plan.test_defaults import DEFAULTS
+from tests.plan.test_torch_defaults import DEFAULTS
 from tests.tiny import Tiny, tiny_calibration_config
 
 LEVERS = {"preset": "best", "scaled": True, "container": "hswq"}
