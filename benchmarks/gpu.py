@@ -48,6 +48,7 @@ from benchmarks.timing import rounded
 from hswq import kernels, observe
 from hswq.config import SEARCH_PRESETS
 from hswq.kernels import MonitorAccumulators
+from hswq.kernels.contract import MAX_SWEPT
 from hswq.search import Layer, search_layers
 
 ROOT = Path(__file__).parents[1]
@@ -278,7 +279,7 @@ def rounding(bench: Bench) -> Iterator[Row]:
             ),
         )
     # One of the blocks of a sweep; its steps reach the other columns by a product of torch's own.
-    block = min(columns, 64)
+    block = min(columns, MAX_SWEPT)
     slope = bench.noise(block, rows, dtype=torch.float32)
     codes = torch.zeros(block, rows, dtype=torch.uint8, device=bench.device)
     second = torch.eye(block, device=bench.device)

@@ -32,6 +32,7 @@ PYBIND11_MODULE(_cpp, m) {
       .value("bfloat16", DType::kBFloat16)
       .value("float32", DType::kFloat32);
 
+  m.attr("SWEPT_COLUMNS") = hswq::kSweptColumns;
   m.def("supported_isas", &hswq::SupportedIsas);
   m.def("active_isa", [] { return hswq::ActiveKernels().isa; });
 

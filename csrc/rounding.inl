@@ -126,8 +126,9 @@ void SweepCodes(float* slope, uint8_t* codes, const float* second, size_t column
   alignas(64) float slopes[kSweptColumns][kSweptLanes];
   alignas(64) float step[kSweptLanes];
   float scales[kSweptLanes];
-  for (size_t lane = 0; lane < kSweptLanes; ++lane)
+  for (size_t lane = 0; lane < kSweptLanes; ++lane) {
     scales[lane] = lane < lanes ? scale[lane] : 1.0f;
+  }
   for (size_t k = 0; k < columns; ++k) {
     for (size_t lane = 0; lane < kSweptLanes; ++lane) {
       slopes[k][lane] = lane < lanes ? slope[k * stride + lane] : 0.0f;

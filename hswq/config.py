@@ -22,6 +22,8 @@ SEARCH_PRESETS = {"default": (4096, 200, 3), "high": (8192, 1000, 10)}
 DEFAULT_KEEP_RATIO = 0.10
 # Options that say how much stays 16-bit.
 BUDGETS = ("keep_ratio", "keep_bytes", "target_size", "max_error")
+# Options that compensated codes depend on, beside the search.
+COMPENSATION = ("bias_correction", "damping", "sweeps")
 # What `--preset` stands for; options that are given go before. Without one, calibration measures
 # all that `best` needs, and files use all that was measured.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -371,6 +373,11 @@ class CalibrationConfig:
             known if value is None else value for value, known in zip(given, preset, strict=True)
         )
         return bins, candidates, refinements
+
+    @property
+    def compensation(self) -> dict[str, Any]:
+        """The options of compensated rounding by name."""
+        return {name: getattr(self, name) for name in COMPENSATION}
 
     @property
     def gram_bytes(self) -> int:

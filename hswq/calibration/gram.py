@@ -19,7 +19,7 @@ from hswq.models.offload import execution_device
 MAX_COLUMNS = 8192
 # Rows taken from a call: calibration runs make many calls, and neighbouring rows are alike.
 ROWS_PER_CALL = 1024
-# What a row of the guided difference counts beside one of the inputs themselves.
+# What a guided combination counts beside a row of the inputs themselves.
 GUIDED_WEIGHT = 0.1
 
 
@@ -179,12 +179,11 @@ class _Watch:
                 if isinstance(module, nn.Linear):
                     without, given = (_spread(half, phase, limit) for half in (without, given))
                 guided = without.float() + self._guidance * (given.float() - without.float())
-                self._add(module, guided, phase, limit, GUIDED_WEIGHT)
+                scaled = guided * math.sqrt(GUIDED_WEIGHT)
+                self._add(module, scaled, phase, limit, GUIDED_WEIGHT)
 
     def _add(self, module: nn.Module, x: Tensor, phase: float, limit: int, weight: float) -> None:
-        """Add at most `limit` rows."""
-        if weight != 1.0:
-            x = x * math.sqrt(weight)
+        """Add at most `limit` rows, which are scaled by the root of their weight."""
         if isinstance(module, nn.Conv2d):
             added, total = self._add_images(module, x, phase, limit)
         else:

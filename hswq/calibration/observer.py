@@ -64,8 +64,9 @@ def observe(
             than a tensor.
     """
     recorder = Recorder(record) if record else None
-    options: dict[str, Any] = {"input_max": input_max, "gram": gram, "guidance": guidance}
-    with watch(module, backend, recorder=recorder, **options) as calibration:
+    with watch(
+        module, backend, input_max=input_max, recorder=recorder, gram=gram, guidance=guidance
+    ) as calibration:
         yield calibration
     warn_of_gaps(calibration)
 

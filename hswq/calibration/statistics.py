@@ -20,7 +20,7 @@ from hswq.calibration.calls import Call
 from hswq.calibration.codes import Codes, find_codes
 from hswq.calibration.gram import Gram
 from hswq.calibration.impact import Impact
-from hswq.config import PRESETS
+from hswq.config import COMPENSATION, PRESETS
 from hswq.errors import FormatError, InputError
 from hswq.formats.dtypes import DTYPE_NAMES
 from hswq.formats.reader import Checkpoint
@@ -165,8 +165,7 @@ class Calibration:
             found["sensitivity"] = "impact"
         if codes and self.codes is not None and self.codes.is_file():
             with Codes(self.codes) as file:
-                names = ("bias_correction", "damping", "sweeps")
-                given = {name: file.options.get(name) for name in names}
+                given = {name: file.options.get(name) for name in COMPENSATION}
                 if (file.fingerprint, file.settings) == (self.fingerprint, self.run_settings()):
                     found |= {"rounding": "compensated", **given}
                 else:

@@ -48,9 +48,7 @@ def codes_options(config: CalibrationConfig) -> dict[str, Any]:
     return {
         "scaled": config.scaled,
         "container": config.container if config.scaled else None,
-        "bias_correction": config.bias_correction,
-        "damping": config.damping,
-        "sweeps": config.sweeps,
+        **config.compensation,
         "bins": bins,
         "candidates": candidates,
         "refinements": refinements,

@@ -9,7 +9,15 @@ import typing
 from typing import Any
 
 import hswq
-from hswq.config import CONTAINERS, FLOATS, PRESETS, BenchConfig, CalibrationConfig, QuantizeConfig
+from hswq.config import (
+    COMPENSATION,
+    CONTAINERS,
+    FLOATS,
+    PRESETS,
+    BenchConfig,
+    CalibrationConfig,
+    QuantizeConfig,
+)
 
 EPILOG = (
     "exit codes: 0 done, 1 input or output refused, 2 usage, 3 backend, 4 internal error, "
@@ -18,16 +26,7 @@ EPILOG = (
 # Options of calibration that painting has no use for.
 _NOT_OF_BENCH = (
     *("activations", "scaled", "container", "preset", "sensitivity", "rounding"),
-    *(
-        "bias_correction",
-        "damping",
-        "sweeps",
-        "gram_memory",
-        "search",
-        "bins",
-        "candidates",
-        "refinements",
-    ),
+    *(*COMPENSATION, "gram_memory", "search", "bins", "candidates", "refinements"),
     *("cpu_offload", "sequential_offload"),
 )
 

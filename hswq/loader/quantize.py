@@ -76,7 +76,7 @@ def quantize_module(
         else:
             centred = bool(plan.options.get("bias_correction")) and bias is not None
             factors = Factors(gram, centred, float(plan.options["damping"]))
-            sweeps = int(plan.options.get("sweeps") or 0)
+            sweeps = int(plan.options.get("sweeps", 0))
             rounded = round_weight(weight, factors, amax, scale, sweeps=sweeps, backend=backend)
             codes = rounded.codes.to(weight.device)
             if centred and bias is not None:

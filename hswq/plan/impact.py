@@ -181,8 +181,7 @@ def impact_options(config: CalibrationConfig) -> dict[str, Any]:
         options |= {"container": config.container, "bins": bins}
         options |= {"candidates": candidates, "refinements": refinements}
     if config.rounding == "compensated":
-        options |= {"bias_correction": config.bias_correction, "damping": config.damping}
-        options["sweeps"] = config.sweeps
+        options |= config.compensation
     return options
 
 
@@ -202,7 +201,8 @@ def check_impact(calibration: Calibration, config: CalibrationConfig) -> None:
             "same options, to go on with an unfinished one)."
         )
     # Earlier measurements told of fewer options.
-    options = {name: impact_options(config).get(name) for name in impact.options}
+    wanted = impact_options(config)
+    options = {name: wanted.get(name) for name in impact.options}
     if impact.options != options:
         logger.warning(
             "the impact was measured with %s, and this plan is made with %s: the ranking is a "

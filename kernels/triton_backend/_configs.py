@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hswq.kernels.contract import MAX_SWEPT
+
 
 @dataclass(frozen=True)
 class Config:
@@ -155,7 +157,7 @@ ROUND_COMPENSATED = Config("rows", {"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4)
 
 # Sweeps. The columns of a call stay in registers, 16 values a thread; few lanes a program, so that
 # 640 rows make 20 programs.
-SWEEP_CODES = Config("lanes", {"BLOCK_B": 64, "BLOCK_O": 32}, num_warps=4)
+SWEEP_CODES = Config("lanes", {"BLOCK_B": MAX_SWEPT, "BLOCK_O": 32}, num_warps=4)
 
 # Gram matrices. Tiles of 64 columns: a layer of 1,280 makes 210 programs, larger ones more. 8 warps
 # because the addresses of patches fill registers.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import hswq
-from benchmarks import quality
+from benchmarks import quality, quality_tables
 from benchmarks.seed_algorithm import DualMonitor, kept_by_variance
 from hswq.calibration import SamplingRun
 from hswq.driver.sampling import prepare_sampling
@@ -99,15 +99,15 @@ def test_paired_ratio_is_that_of_the_prompts() -> None:
     """One prompt that goes astray rules a ratio of means; pairs show what is sure."""
     seed = {"latent_mse_per_prompt": [2.0, 8.0, 400.0]}
     best = {"latent_mse_per_prompt": [1.0, 2.0, 50.0]}
-    mean, low, high = quality.paired_ratio(seed, best)
+    mean, low, high = quality_tables.paired_ratio(seed, best)
     assert mean == pytest.approx(4.0)
     # Logarithms ln 2 * (1, 2, 3): standard deviation ln 2, t(0.975, 2) = 4.30265.
     width = 4.30265 * math.log(2.0) / math.sqrt(3.0)
     assert low == pytest.approx(4.0 * math.exp(-width), rel=1e-5)
     assert high == pytest.approx(4.0 * math.exp(width), rel=1e-5)
-    assert quality.paired_ratio(seed, {}) is None
-    assert quality.paired_ratio(seed, {"latent_mse_per_prompt": [1.0, 0.0, 1.0]}) is None
-    assert quality.paired_ratio(None, best) is None
+    assert quality_tables.paired_ratio(seed, {}) is None
+    assert quality_tables.paired_ratio(seed, {"latent_mse_per_prompt": [1.0, 0.0, 1.0]}) is None
+    assert quality_tables.paired_ratio(None, best) is None
 
 
 def test_rows_keep_the_prompts() -> None:
@@ -124,10 +124,10 @@ def test_rows_keep_the_prompts() -> None:
 def record_rows(folder: Path, monkeypatch, *rows: dict[str, Any]) -> None:
     """Let the results be these rows, of the tables' calibration and images unless they differ."""
     common = {"op": "quality", "model": "demo", "kind": "V1", "latent_mse_ci95": 1e-5, "steps": 25}
-    common |= {**quality.CALIBRATION, **quality.PAINTED}
+    common |= {**quality_tables.CALIBRATION, **quality_tables.PAINTED}
     lines = [json.dumps({**common, **row}) for row in rows]
     (folder / "here.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(quality, "RESULTS", folder)
+    monkeypatch.setattr(quality_tables, "RESULTS", folder)
 
 
 def test_table_reports_pairs(tmp_path: Path, monkeypatch) -> None:
@@ -141,7 +141,7 @@ def test_table_reports_pairs(tmp_path: Path, monkeypatch) -> None:
     rows[0]["latent_mse_per_prompt"] = [2e-3, 8e-3]
     rows[1]["latent_mse_per_prompt"] = [1e-3, 4e-3]
     record_rows(tmp_path, monkeypatch, *rows)
-    text = quality.table("demo")
+    text = quality_tables.table("demo")
     assert "| 4; paired 2 [2, 2] |" in text
     assert "| 3 |" in text
 
@@ -155,8 +155,8 @@ def test_table_shows_rows_of_its_own_conditions(tmp_path: Path, monkeypatch, oth
     """A quick look at eight prompts must not take the place of the published figure."""
     row = {"lever": "seed", "keep_bytes": 0.05, "latent_mse": 4e-3}
     record_rows(tmp_path, monkeypatch, row, {**row, "latent_mse": 9e-3, **other})
-    assert "4.0e-03" in quality.table("demo")
-    assert "9.0e-03" not in quality.table("demo")
+    assert "4.0e-03" in quality_tables.table("demo")
+    assert "9.0e-03" not in quality_tables.table("demo")
 
 
 def test_later_rows_replace_earlier_ones_of_any_machine(tmp_path: Path, monkeypatch) -> None:
@@ -165,13 +165,13 @@ def test_later_rows_replace_earlier_ones_of_any_machine(tmp_path: Path, monkeypa
     late = {**row, "latent_mse": 1e-3, "date": "2026-02-01T00:00:00+00:00"}
     early = {**row, "latent_mse": 2e-3, "date": "2026-01-01T00:00:00+00:00"}
     record_rows(tmp_path, monkeypatch, late, early, {**row, "latent_mse": 3e-3})
-    assert quality.latest_rows("demo")["V1", "seed", 0.05]["latent_mse"] == 1e-3
+    assert quality_tables.latest_rows("demo")["V1", "seed", 0.05]["latent_mse"] == 1e-3
 
 
 def test_variations_stand_below_the_default_of_equal_images(tmp_path: Path, monkeypatch) -> None:
     """One noise a prompt is not to be compared with two; no lever is left out."""
     rows = []
-    for lever in quality.LEVERS:
+    for lever in quality_tables.LEVERS:
         row = {"lever": lever, "keep_bytes": 0.0, "seeds": 1}
         rows += [
             {**row, "latent_mse": 5e-4, "seeds": 2},
@@ -179,8 +179,8 @@ def test_variations_stand_below_the_default_of_equal_images(tmp_path: Path, monk
             {**row, "latent_mse": 7e-4, "samples": 8, "varied": {"samples": 8}},
         ]
     record_rows(tmp_path, monkeypatch, *rows)
-    lines = quality.variations().splitlines()[2:]
-    assert len(lines) == 2 * len(quality.LEVERS)
+    lines = quality_tables.variations().splitlines()[2:]
+    assert len(lines) == 2 * len(quality_tables.LEVERS)
     assert all("32 x 1, 25 steps | - | 6.0e-04" in line for line in lines[::2])
     assert all("samples 8 | 7.0e-04" in line for line in lines[1::2])
 
@@ -194,7 +194,7 @@ def test_noise_changes_every_weight_by_half_a_step_of_float16_at_most() -> None:
         assert torch.equal(value, before[name])
         if name in ("0.weight", "2.weight"):
             relative = ((other[name] - value) / value).abs()
-            assert quality.NOISE / 2 < float(relative.max()) <= 1.001 * quality.NOISE
+            assert quality_tables.NOISE / 2 < float(relative.max()) <= 1.001 * quality_tables.NOISE
             assert float((other[name] != value).double().mean()) > 0.99
         else:
             assert torch.equal(other[name], value)

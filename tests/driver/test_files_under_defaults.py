@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,16 @@ import torch
 
 import hswq
 from hswq.driver import bench_files, compare_files
+from tests.driver.started import files_of
 from tests.driver.test_bench import config as bench_config
-from tests.plan.test_torch_defaults import DEFAULTS
 from tests.tiny import Tiny, tiny_calibration_config
+from tests.torch_defaults import DEFAULTS
 
 LEVERS = {"preset": "best", "scaled": True, "container": "hswq"}
 
 
-def made(tiny: Tiny, folder: Path) -> dict[str, str]:
-    """Calibrate, quantize, convert, restore, compare and paint; return hashes and figures."""
+def made(tiny: Tiny, folder: Path) -> dict[str, bytes | str]:
+    """Calibrate, quantize, convert, restore, compare and paint; return files and figures."""
     folder.mkdir()
     stats, output = folder / "stats.safetensors", folder / "fp8.safetensors"
     calibration = tiny_calibration_config(tiny.pipeline, **LEVERS)
@@ -31,9 +31,8 @@ def made(tiny: Tiny, folder: Path) -> dict[str, str]:
     prompts = folder / "prompts.txt"
     prompts.write_text("a red fox in the snow\n")
     painted = bench_files(tiny.checkpoint, [output], bench_config(tiny, prompts, samples=1))
-    files = sorted(folder.glob("*.safetensors"))
     return {
-        **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        **files_of(folder),
         "unet": str({(value.dtype, value.device) for value in unet.state_dict().values()}),
         "compared": str(compare_files(output, folder / "comfy.safetensors")),
         "painted": str([float(entry.values["latent_mse"].mean()) for entry in painted.entries]),
@@ -41,12 +40,12 @@ def made(tiny: Tiny, folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Tiny, tmp_path_factory) -> dict[str, str]:
+def expected(tiny: Tiny, tmp_path_factory) -> dict[str, bytes | str]:
     return made(tiny, tmp_path_factory.mktemp("plain") / "made")
 
 
 @pytest.mark.parametrize("name", ["float16", "meta"])
-def test_files(name: str, tiny: Tiny, expected: dict[str, str], tmp_path: Path) -> None:
+def test_files(name: str, tiny: Tiny, expected: dict[str, bytes | str], tmp_path: Path) -> None:
     with DEFAULTS[name]():
         before = torch.get_default_dtype(), torch.get_default_device()
         found = made(tiny, tmp_path / "made")

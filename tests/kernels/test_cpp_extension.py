@@ -12,7 +12,7 @@ import torch
 
 from hswq import kernels
 from hswq.errors import OptionError
-from hswq.kernels import MonitorAccumulators
+from hswq.kernels import MonitorAccumulators, contract, cpp_backend
 from tests.kernels import builds
 from tests.kernels.cases import DTYPES, normal
 
@@ -20,6 +20,11 @@ pytestmark = pytest.mark.usefixtures("extension")
 
 # Elements that one thread takes at a time (csrc/blocks.h).
 BLOCK = 1 << 15
+
+
+def test_columns_of_a_sweep_fit_into_their_buffer() -> None:
+    """The contract lets so many pass, and the kernel has no other bound."""
+    assert cpp_backend._cpp.SWEPT_COLUMNS == contract.MAX_SWEPT
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "two", ""])

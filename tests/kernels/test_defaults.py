@@ -13,6 +13,7 @@ from hswq import kernels
 from hswq.kernels import MonitorAccumulators
 from hswq.search import search_amax
 from tests.kernels.cases import normal
+from tests.torch_defaults import default_dtype
 
 pytestmark = [
     pytest.mark.usefixtures("extension"),
@@ -73,11 +74,8 @@ INPUTS = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_default_dtype_changes_nothing(name: str, dtype: torch.dtype) -> None:
     expected = answers(name)
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         found = answers(name)
-    finally:
-        torch.set_default_dtype(torch.float32)
     for op, value in expected.items():
         assert torch.equal(found[op], value), op
 

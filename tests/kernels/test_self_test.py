@@ -14,6 +14,7 @@ from hswq import kernels
 from hswq.errors import BackendError
 from hswq.kernels import cpp_backend, reference, self_test, triton_backend
 from hswq.kernels.triton_backend import _guard
+from tests.torch_defaults import default_dtype
 
 CPU = torch.device("cpu")
 
@@ -50,13 +51,9 @@ def test_right_implementations_pass(op: str, extension: None) -> None:
 
 def test_callers_defaults_change_no_case() -> None:
     """A user's default dtype or device would make other inputs, and refuse a good GPU."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            for op in self_test.OPS_WITH_CASES:
-                assert self_test.find_failure(op, reference.OPS[op], CPU) is None
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64), torch.device("meta"):
+        for op in self_test.OPS_WITH_CASES:
+            assert self_test.find_failure(op, reference.OPS[op], CPU) is None
 
 
 def wrong(op: str, value: Any) -> Any:

@@ -18,7 +18,6 @@ from hswq.plan.impact import quantized, units_of
 from hswq.plan.replay import Replay
 
 CPU = torch.device("cpu")
-BEST = {"sensitivity": "impact", "rounding": "compensated", "bias_correction": True}
 
 
 class Block(nn.Module):
@@ -365,7 +364,7 @@ def test_impact_of_other_codes_is_measured_anew(module, caplog):
     config = hswq.QuantizeConfig(preset="best")
     first = calibration.measure_impact(module, config)
     for other in ({"damping": 0.5}, {"bias_correction": False}, {"sweeps": 0}):
-        changed = hswq.QuantizeConfig(**{**BEST, **other})
+        changed = hswq.QuantizeConfig(preset="best", **other)
         hswq.make_plan(module, calibration, changed)
         assert "the ranking is a guess" in caplog.text
         caplog.clear()

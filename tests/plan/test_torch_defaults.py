@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,29 +13,11 @@ from torch import nn
 import hswq
 from hswq.loader import dequantize_module
 from hswq.models.defaults import plain_defaults
+from tests.torch_defaults import DEFAULTS, default_dtype
 
-BEST = {"sensitivity": "impact", "rounding": "compensated", "bias_correction": True}
 CONFIG = hswq.QuantizeConfig(
-    **BEST, keep_bytes=0.2, scaled=True, container="hswq", activations="fp8"
+    preset="best", keep_bytes=0.2, scaled=True, container="hswq", activations="fp8"
 )
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-# On 'meta' nothing that was made without saying where can be read.
-DEFAULTS = {
-    "float16": lambda: default_dtype(torch.float16),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float64": lambda: default_dtype(torch.float64),
-    "meta": lambda: torch.device("meta"),
-}
 
 
 def model() -> nn.Module:
